@@ -1,0 +1,166 @@
+"""The data of the contract: what a policy did (`Batch`) and how the current policy sees it (`Evaluation`).
+
+A trajectory is a row; a decision is a token, an action or a denoising step. Dimension letters, the same in the whole
+library: N trajectories, T decisions, K reward functions, P prompts or start states, G trajectories of one group,
+V vocabulary, H features of the last layer. Log-probabilities, entropies and divergences are in nats.
+
+A field `old_X` of a `Batch` is the field `X` of an `Evaluation` under the behaviour policy, `ref_X` the same under the
+reference policy: a part that names one of them in its `requires` finds it there.
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
+
+import torch
+from jaxtyping import Bool, Float, Int
+from tensordict import TensorClass, TensorDict
+from torch import Tensor
+
+
+class Batch(TensorClass):
+    """N trajectories of at most T decisions, with what was measured about them. Indexing selects trajectories.
+
+    What lies under `mask == False` is arbitrary and never matters.
+    """
+
+    mask: Bool[Tensor, "N T"]
+    """True where the decision was the policy's own; prompts, observations, tool output and padding are False."""
+    old_logp: Float[Tensor, "N T"]
+    """Log-probability of each decision under the behaviour policy that made it."""
+    rewards: Float[Tensor, "N K"]
+    """Values of the K reward functions for the whole trajectory; NaN where one does not apply to the row."""
+    group: Int[Tensor, " N"]
+    """Which prompt or start state of this batch the trajectory began at; groups may have any size from 1."""
+    prompt_id: Int[Tensor, " N"]
+    """The same across iterations: the key of per-prompt statistics."""
+
+    step_rewards: Float[Tensor, "N T"] | None = None
+    """Rewards per decision, for dense rewards and penalties (a KL penalty in the reward)."""
+    old_entropy: Float[Tensor, "N T"] | None = None
+    """Entropy of the behaviour policy at each decision."""
+    old_value: Float[Tensor, "N T"] | None = None
+    """The critic's prediction of the return from each decision on, when the trajectory was made."""
+    last_value: Float[Tensor, " N"] | None = None
+    """The critic's value of the state after the last decision: the bootstrap of a truncated trajectory."""
+    ref_logp: Float[Tensor, "N T"] | None = None
+    """Log-probability under the reference policy that anchors the KL."""
+    sampler_logp: Float[Tensor, "N T"] | None = None
+    """Log-probability that the sampler itself recorded, where its numerics differ from the trainer's."""
+    terminated: Bool[Tensor, " N"] | None = None
+    """The trajectory ended by itself (end of sequence, absorbing state): nothing is bootstrapped."""
+    truncated: Bool[Tensor, " N"] | None = None
+    """The trajectory was cut (length limit, time limit)."""
+    turn: Int[Tensor, "N T"] | None = None
+    """Which turn of a dialogue or episode the decision belongs to, from 0."""
+    task: Int[Tensor, " N"] | None = None
+    """Which task or domain the prompt comes from."""
+    answer: Int[Tensor, " N"] | None = None
+    """Canonical id of the final answer: equal integers inside a group are equal answers; -1 is no answer."""
+    policy_version: Int[Tensor, " N"] | None = None
+    """Iteration whose policy made the trajectory."""
+
+    advantages: Float[Tensor, "N T"] | None = None
+    """Filled by the advantage slot. Constant for the gradient."""
+    weights: Float[Tensor, "N T"] | None = None
+    """Filled by the selection slot, >= 0; a row of zeros is not evaluated."""
+    loss_weight: Float[Tensor, "N T"] | None = None
+    """Share of each decision in the loss of its minibatch: `weights` over the denominators of the aggregation."""
+    signals: TensorDict | None = None
+    """Further whole-iteration quantities, [N] or [N, T], by the name under which a part `provides` them."""
+    payload: TensorDict | None = None
+    """The domain's own (tokens; observations and actions; latents): opaque to methods."""
+
+    @property
+    def lengths(self) -> Int[Tensor, " N"]:
+        """Decisions of each trajectory."""
+        return self.mask.sum(-1)
+
+    def outcome(self) -> Float[Tensor, " N"]:
+        """Total reward of each trajectory, float64: rewards that apply (NaN counts 0) plus rewards per decision."""
+        total = self.rewards.double().nan_to_num(nan=0.0, posinf=float("inf"), neginf=float("-inf")).sum(-1)
+        if self.step_rewards is not None:
+            total = total + torch.where(self.mask, self.step_rewards.double(), 0.0).sum(-1)
+        return total
+
+    def signal(self, name: str) -> Tensor:
+        """A signal that some part of the method provides.
+
+        Raises:
+            KeyError: no part provides it.
+        """
+        if self.signals is None or name not in self.signals.keys():
+            raise KeyError(f"signal {name!r}: no part of the method provides it")
+        return self.signals[name]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The current policy's view of a batch's decisions, with gradient. Fields nobody required are None."""
+
+    logp: Float[Tensor, "N T"]
+    """Log-probability of the decision taken."""
+    entropy: Float[Tensor, "N T"] | None = None
+    """Exact entropy of the distribution the decision was drawn from."""
+    value: Float[Tensor, "N T"] | None = None
+    """The critic's prediction of the return from the decision on."""
+    score_sqnorm: Float[Tensor, "N T"] | None = None
+    """Squared norm of the gradient of `logp` with respect to the logits: 1 - 2 p(a) + sum_v p(v)^2. No gradient."""
+    tempered_logp: Float[Tensor, "N T"] | None = None
+    """Log-probability of the decision at the temperature of the option `temperature`. No gradient."""
+    features: Float[Tensor, "N T H"] | None = None
+    """Input of the last linear layer. No gradient."""
+    kept_logits: Float[Tensor, "N T k"] | None = None
+    """The largest logits, as many as the option `kept`. No gradient."""
+    kept_rows: Int[Tensor, "N T k"] | None = None
+    """Which rows of the last layer the kept logits belong to."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields that are there, by name."""
+        return {f.name: v for f in fields(self) if (v := getattr(self, f.name)) is not None}
+
+    def map(self, function: Any) -> Self:
+        """The evaluation with `function` applied to each tensor."""
+        return replace(self, **{name: function(tensor) for name, tensor in self.tensors().items()})
+
+    def detach(self) -> Self:
+        """The same values without gradient."""
+        return self.map(lambda tensor: tensor.detach())
+
+    def where(self, mask: Bool[Tensor, "N T"]) -> Self:
+        """The evaluation with zeros outside `mask`, which also stops whatever gradient lies there."""
+        def keep(tensor: Tensor) -> Tensor:
+            shaped = mask.view(mask.shape + (1,) * (tensor.dim() - mask.dim()))
+            return torch.where(shaped, tensor, torch.zeros((), dtype=tensor.dtype, device=tensor.device))
+
+        return self.map(keep)
+
+
+EVALUATED = frozenset(f.name for f in fields(Evaluation))
+"""Names of what an actor may be asked to evaluate."""
+
+
+def pad_decisions(tensor: Tensor, length: int) -> Tensor:
+    """`tensor` [N, t, ...] with zero columns appended up to `length` decisions."""
+    missing = length - tensor.shape[1]
+    if missing <= 0:
+        return tensor
+    return torch.cat([tensor, tensor.new_zeros(tensor.shape[0], missing, *tensor.shape[2:])], 1)
+
+
+def concatenate(batches: list[Batch]) -> Batch:
+    """One batch of the rows of several, decisions padded to the longest; groups are renumbered so that none merge.
+
+    Raises:
+        ValueError: `batches` is empty.
+    """
+    if not batches:
+        raise ValueError("concatenate: needs at least one batch")
+    length = max(b.mask.shape[1] for b in batches)
+    joined, offset = [], 0
+    for batch in batches:
+        width = batch.mask.shape[1]
+        batch = batch.apply(lambda t, w=width: pad_decisions(t, length) if t.dim() > 1 and t.shape[1] == w else t)
+        batch.group = batch.group + offset
+        offset = int(batch.group.max()) + 1 if len(batch) else offset
+        joined.append(batch)
+    return torch.cat(joined, 0)

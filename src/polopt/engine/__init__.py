@@ -1,0 +1,1 @@
+"""What every domain runs on: micro-batches, ranks, checkpoints, tracking, seeding, diagnostics."""

@@ -1,0 +1,41 @@
+"""Importance ratios between the current policy and the one that made the data."""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from polopt.functional.masked import row_mean, zero_outside
+
+LOG_RATIO_BOUND = 20.0
+"""Log-ratios are clamped to this many nats either way, so that no exponential overflows in float32."""
+
+
+def log_ratio(
+    logp: Float[Tensor, "N T"], old_logp: Float[Tensor, "N T"], mask: Bool[Tensor, "N T"], bound: float = LOG_RATIO_BOUND
+) -> Float[Tensor, "N T"]:
+    """log pi(a|s) - log pi_old(a|s) in nats, clamped to [-bound, bound]; 0 outside the mask. `old_logp` is constant."""
+    return (zero_outside(logp, mask) - zero_outside(old_logp.detach(), mask)).clamp(-bound, bound)
+
+
+def sequence_log_ratio(
+    logp: Float[Tensor, "N T"], old_logp: Float[Tensor, "N T"], mask: Bool[Tensor, "N T"], bound: float = LOG_RATIO_BOUND
+) -> Float[Tensor, "N 1"]:
+    """Length-normalised log-ratio of each trajectory: the mean over its decisions (GSPO, arXiv 2507.18071, eq. 7)."""
+    difference = zero_outside(logp, mask) - zero_outside(old_logp.detach(), mask)
+    return row_mean(difference, mask).clamp(-bound, bound)[:, None]
+
+
+def clipped_surrogate(
+    ratio: Float[Tensor, "N T"], advantages: Float[Tensor, "N T"], clip_low: float | Tensor, clip_high: float | Tensor
+) -> Float[Tensor, "N T"]:
+    """max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)): the PPO loss of each decision (arXiv 1707.06347, eq. 7)."""
+    return torch.maximum(-advantages * ratio, -advantages * torch.clamp(ratio, 1 - clip_low, 1 + clip_high))
+
+
+def dual_clipped(
+    loss: Float[Tensor, "N T"], advantages: Float[Tensor, "N T"], dual_clip: float | None
+) -> Float[Tensor, "N T"]:
+    """`loss` bounded above by -A * dual_clip where A < 0 (arXiv 1912.09729, eq. 5); unchanged if `dual_clip` is None."""
+    if dual_clip is None:
+        return loss
+    return torch.where(advantages < 0, torch.minimum(loss, -advantages * dual_clip), loss)

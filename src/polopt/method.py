@@ -1,0 +1,391 @@
+"""How a method is put together: eight slots, each filled by a `Part`, and the loss that they make.
+
+    sampler -> budget -> (rollout) -> shaping -> advantage -> selection -> [surrogate + regularizers] -> optimizer
+
+The base class of a slot is its classic filling where there is one: `Sampler()` goes through shuffled epochs, `Budget()`
+gives every prompt as many rollouts, `Selection()` keeps everything, `Optimizer()` is AdamW. A part sees only `Batch` and
+`Evaluation`: nothing of tokens, ranks, micro-batches, padding or devices.
+
+A part is registered by name in its slot and a recipe, which is a paper's whole method, among the recipes:
+
+    method = polopt.recipe("grpo", surrogate="etr", regularizers=["kl:coef=0.01"])
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, Self, cast
+
+import torch
+from jaxtyping import Bool, Float, Int
+from pydantic import Field
+from torch import Tensor, nn
+
+from polopt.batch import EVALUATED, Batch, Evaluation
+from polopt.errors import ConfigError
+from polopt.functional.aggregation import Aggregation, Denominator, aggregation_weights
+from polopt.functional.masked import zero_outside
+from polopt.settings import Settings
+
+Draw = Callable[[str], torch.Generator]
+"""Gives the generator of a named stream of this iteration: the only source of randomness a part may use."""
+
+
+class Part(nn.Module):
+    """One filling of one slot: validated `Config`, pure functions for the mathematics, buffers for whatever it remembers.
+
+    A subclass declares what it needs and gives; the run refuses a combination that cannot work before it starts.
+    """
+
+    slot: ClassVar[str]
+    name: ClassVar[str] = "default"
+    requires: frozenset[str] = frozenset()
+    """Fields it reads: of `Evaluation` (`entropy`), of `Batch` (`ref_logp`), or signals (`target_advantages`)."""
+    provides: frozenset[str] = frozenset()
+    """Signals it makes for the parts of other slots."""
+    domains: ClassVar[frozenset[str] | None] = None
+    """Domains it makes sense on; None: all."""
+    reconstructed: ClassVar[str] = ""
+    """What of it the published sources do not fix; shown by `polopt methods`."""
+
+    class Config(Settings):
+        """Options of the part."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.config: Any = self.Config.create(f"{self.slot} {self.name}", **options)
+
+    def evaluation_options(self) -> dict[str, Any]:
+        """Options for the actor's evaluation, read before each iteration: `temperature`, `kept`."""
+        return {}
+
+    def signals(self, batch: Batch) -> dict[str, Tensor]:
+        """The signals it `provides`, [N] or [N, T], from the whole iteration's batch with advantages and weights."""
+        return {}
+
+    def after_step(self, evaluation: Evaluation, batch: Batch) -> None:
+        """Called after each optimizer step with the minibatch and its evaluation, detached, as it was before the step."""
+
+    def observe(self, batch: Batch) -> None:
+        """Called once an iteration, after its updates, with the whole batch: the place where statistics are updated."""
+
+    def extra_repr(self) -> str:
+        return f"{self.name}, {self.config}"
+
+
+class Sampler(Part):
+    """Which prompts or start states come next. The classic: shuffled epochs over the pool."""
+
+    slot = "sampler"
+    max_rounds: int = 1
+    """Rollout rounds an iteration may take until enough trajectories are accepted."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.register_buffer("drawn", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, pool_size: int, count: int, seed_of_epoch: Callable[[int], torch.Generator]) -> Int[Tensor, " P"]:
+        """The next `count` prompt ids of a pool of `pool_size`, and remembers having given them."""
+        start = int(self.drawn)
+        self.drawn += count
+        epochs = range(start // pool_size, (start + count - 1) // pool_size + 1)
+        order = torch.cat([torch.randperm(pool_size, generator=seed_of_epoch(epoch)) for epoch in epochs])
+        first = start % pool_size
+        return order[first : first + count]
+
+    def accepts(self, batch: Batch) -> Bool[Tensor, " N"]:
+        """Which trajectories are kept for training; prompts are drawn again for what is missing, up to `max_rounds`."""
+        return torch.ones(len(batch), dtype=torch.bool)
+
+
+class Budget(Part):
+    """How many rollouts each prompt gets. The classic: all the same."""
+
+    slot = "budget"
+
+    def forward(self, prompt_ids: Int[Tensor, " P"], total: int, draw: Draw) -> Int[Tensor, " P"]:
+        """Rollouts of each prompt; they sum to `total`. A remainder goes to the first prompts."""
+        count = len(prompt_ids)
+        return torch.full((count,), total // count) + (torch.arange(count) < total % count)
+
+
+class Shaping(Part):
+    """What the reward is, once measured."""
+
+    slot = "shaping"
+
+    def forward(self, batch: Batch) -> Batch:
+        """The batch with other `rewards` or `step_rewards`."""
+        raise NotImplementedError
+
+
+class Advantage(Part):
+    """How much better than expected. Sees the whole batch of the iteration; constant for the gradient."""
+
+    slot = "advantage"
+
+    def forward(self, batch: Batch) -> Float[Tensor, "N #T"]:
+        """Advantages [N, T], or [N, 1] where all decisions of a trajectory share one; reward units unless it says so."""
+        raise NotImplementedError
+
+
+class AdvantageTransform(Advantage):
+    """An advantage part that changes what an estimator before it found (A -> w A)."""
+
+    def forward(self, batch: Batch, advantages: Float[Tensor, "N T"] | None = None) -> Float[Tensor, "N #T"]:
+        """The changed advantages."""
+        raise NotImplementedError
+
+
+class Selection(Part):
+    """Which trajectories and decisions teach. The classic: all, with weight 1."""
+
+    slot = "selection"
+    before_advantage: bool = False
+    """True: selects on rewards, and advantages see only what was kept. False: selects on advantages, which stay as
+    they are (they are never normalised again)."""
+
+    def forward(self, batch: Batch, draw: Draw) -> Float[Tensor, "N #T"]:
+        """Weights >= 0; a trajectory of zeros is not evaluated at all."""
+        return torch.ones(len(batch), 1)
+
+
+class Surrogate(Part):
+    """What is ascended, and how the importance ratio is held. Subclasses define `decision_loss`.
+
+    A loss that is not a sum over trajectories overrides `forward` and declares its `coupling`.
+    """
+
+    slot = "surrogate"
+    coupling: ClassVar[Literal["decision", "sequence", "group", "batch"]] = "decision"
+    """What the loss of one decision depends on. From "group" on, minibatches keep groups whole."""
+    zero_advantage_is_silent: ClassVar[bool] = True
+    """A trajectory whose advantages are all 0 adds neither loss nor gradient."""
+
+    class Config(Settings):
+        """What the loss averages."""
+
+        aggregation: Aggregation = "token_mean"
+        """What is averaged over what; see `polopt.functional.aggregation`."""
+        denominator: Denominator = "all"
+        """Whether decisions of weight 0 count in the averages."""
+        constant: float | None = Field(None, gt=0)
+        """Length in decisions that `constant` divides by; the longest of the batch if not given."""
+
+    def loss_weights(self, batch: Batch) -> Float[Tensor, "N T"]:
+        """Share of each decision in the loss of this minibatch."""
+        c = self.config
+        weights = cast(Tensor, batch.weights)
+        return aggregation_weights(batch.mask, weights, batch.group, c.aggregation, c.denominator, c.constant)
+
+    def decision_loss(self, evaluation: Evaluation, batch: Batch) -> Float[Tensor, "N T"]:
+        """Loss of each decision, to be minimised; may be anything finite outside the mask."""
+        raise NotImplementedError
+
+    def forward(self, evaluation: Evaluation, batch: Batch) -> Float[Tensor, ""]:
+        """The loss of a minibatch: sum of `loss_weight * decision_loss`."""
+        return (batch.loss_weight * self.decision_loss(evaluation, batch)).sum()
+
+    def clipped(self, evaluation: Evaluation, batch: Batch) -> Bool[Tensor, "N T"] | None:
+        """Which decisions the ratio control cut off, for the diagnostics; None if it never does."""
+        return None
+
+
+class Regularizer(Part):
+    """What else is paid for. Subclasses define `decision_penalty`, or override `forward` and set `separable` False."""
+
+    slot = "regularizers"
+    separable: ClassVar[bool] = True
+    """The penalty is a sum over trajectories."""
+
+    class Config(Settings):
+        """Weight of the penalty."""
+
+        coef: float = Field(0.01, ge=0)
+        """Coefficient of the penalty in the loss."""
+
+    def decision_penalty(self, evaluation: Evaluation, batch: Batch) -> Float[Tensor, "N T"]:
+        """Penalty of each decision, averaged like the surrogate's loss."""
+        raise NotImplementedError
+
+    def forward(self, evaluation: Evaluation, batch: Batch) -> Float[Tensor, ""]:
+        """The penalty of a minibatch, to be added to the loss."""
+        return self.config.coef * (batch.loss_weight * self.decision_penalty(evaluation, batch)).sum()
+
+
+class Optimizer(Part):
+    """How far, in which geometry. The classic: AdamW (Loshchilov & Hutter, arXiv 1711.05101)."""
+
+    slot = "optimizer"
+
+    class Config(Settings):
+        """AdamW's constants."""
+
+        beta1: float = Field(0.9, ge=0, lt=1)
+        """Decay of the gradient's average."""
+        beta2: float = Field(0.999, ge=0, lt=1)
+        """Decay of the squared gradient's average."""
+        eps: float = Field(1e-8, gt=0)
+        """Added to the root of the squared gradient's average."""
+        weight_decay: float = Field(0.0, ge=0)
+        """Decoupled weight decay per unit of learning rate."""
+
+    def build(self, parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+        """The optimizer of these parameters."""
+        c = self.config
+        return torch.optim.AdamW(parameters, lr, (c.beta1, c.beta2), c.eps, c.weight_decay)
+
+
+SLOTS: dict[str, type[Part]] = {
+    part.slot: part for part in (Sampler, Budget, Shaping, Advantage, Selection, Surrogate, Regularizer, Optimizer)
+}
+"""The slots in the order of the data, each with its base class."""
+MANY = frozenset({"shaping", "advantage", "regularizers"})
+"""Slots that take several parts, applied in order: an advantage estimator and then its transforms."""
+
+
+class Method(nn.Module):
+    """A policy-optimization method: a value for each slot.
+
+    Args:
+        name: under what it is reported.
+        advantage: an estimator, or an estimator followed by transforms.
+        surrogate: the loss.
+        sampler, budget, selection, optimizer: the classic filling if not given.
+        shaping, regularizers: none if not given.
+        defaults: fields of `TrainerConfig` that the method's paper fixes (`epochs`, `minibatches`); a run's own settings
+            override them.
+
+    Raises:
+        ConfigError: a part sits in the wrong slot, or needs a signal that no part provides.
+    """
+
+    def __init__(
+        self,
+        *,
+        advantage: Advantage | Sequence[Advantage],
+        surrogate: Surrogate,
+        sampler: Sampler | None = None,
+        budget: Budget | None = None,
+        shaping: Sequence[Shaping] = (),
+        selection: Selection | None = None,
+        regularizers: Sequence[Regularizer] = (),
+        optimizer: Optimizer | None = None,
+        name: str = "custom",
+        defaults: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.defaults = dict(defaults or {})
+        self.sampler = sampler or Sampler()
+        self.budget = budget or Budget()
+        self.shaping = nn.ModuleList(shaping)
+        self.advantage = nn.ModuleList([advantage] if isinstance(advantage, Part) else advantage)
+        self.selection = selection or Selection()
+        self.surrogate = surrogate
+        self.regularizers = nn.ModuleList(regularizers)
+        self.optimizer = optimizer or Optimizer()
+        self._check()
+
+    def slot(self, name: str) -> list[Part]:
+        """The parts in a slot."""
+        filling = getattr(self, name)
+        return list(filling) if name in MANY else [filling]
+
+    @property
+    def parts(self) -> list[Part]:
+        """All parts, in the order of the data."""
+        return [part for slot in SLOTS for part in self.slot(slot)]
+
+    @property
+    def requires(self) -> frozenset[str]:
+        """Everything the parts read beyond the batch's constant fields and each other's signals."""
+        return frozenset().union(*(p.requires for p in self.parts)) - self.provides
+
+    @property
+    def provides(self) -> frozenset[str]:
+        """Signals that the parts give each other."""
+        return frozenset().union(*(p.provides for p in self.parts))
+
+    @property
+    def evaluated(self) -> frozenset[str]:
+        """What the loss needs of the current policy, with gradient."""
+        loss = [self.surrogate, *self.regularizers]
+        return frozenset({"logp"}).union(*(cast(Part, p).requires & EVALUATED for p in loss))
+
+    @property
+    def separable(self) -> bool:
+        """The loss is a sum over trajectories, given `loss_weight`."""
+        rows = self.surrogate.coupling in ("decision", "sequence")
+        return rows and all(cast(Regularizer, r).separable for r in self.regularizers)
+
+    def evaluation_options(self) -> dict[str, Any]:
+        """The parts' options for the actor's evaluation."""
+        return {key: value for part in self.parts for key, value in part.evaluation_options().items()}
+
+    @torch.no_grad()
+    def prepare(self, batch: Batch, draw: Draw) -> Batch:
+        """Everything that sees the whole iteration: shaping, advantages, weights, signals.
+
+        Rewards that are not finite count as missing. A trajectory without any reward is dropped: nothing is known of it.
+
+        Returns:
+            The trajectories left, with `advantages`, `weights` and `signals`, and zeros wherever `mask` is False.
+        """
+        batch = _with_finite_rewards(batch)
+        for shaping in self.shaping:
+            batch = shaping(batch)
+        if self.selection.before_advantage:
+            batch.weights = _per_decision(self.selection(batch, draw), batch)
+            batch = batch[batch.weights.any(-1)]
+        estimator, *transforms = self.advantage
+        batch.advantages = _per_decision(estimator(batch), batch)
+        for transform in transforms:
+            batch.advantages = _per_decision(transform(batch, batch.advantages), batch)
+        if not self.selection.before_advantage:
+            batch.weights = _per_decision(self.selection(batch, draw), batch)
+        signals = {name: signal for part in self.parts for name, signal in part.signals(batch).items()}
+        if signals:
+            batch.signals = {name: signal.to(batch.old_logp) if signal.is_floating_point() else signal
+                             for name, signal in signals.items()}
+        return batch
+
+    def objective(self, evaluation: Evaluation, batch: Batch) -> Float[Tensor, ""]:
+        """The loss of a minibatch as a function of the current policy's view of it."""
+        evaluation = evaluation.where(batch.mask)
+        loss = self.surrogate(evaluation, batch)
+        for regularizer in self.regularizers:
+            loss = loss + regularizer(evaluation, batch)
+        return loss
+
+    def with_parts(self, **slots: Any) -> Self:
+        """The same method with other parts in some slots; slots that take several get a list."""
+        filled = {slot: self.slot(slot) if slot in MANY else getattr(self, slot) for slot in SLOTS} | slots
+        changes = [f"{slot}={','.join(p.name for p in (f if slot in MANY else [f]))}" for slot, f in slots.items()]
+        return type(self)(**filled, name="+".join([self.name, *changes]), defaults=self.defaults)
+
+    def _check(self) -> None:
+        for slot, base in SLOTS.items():
+            for part in self.slot(slot):
+                if not isinstance(part, base):
+                    raise ConfigError(f"{slot}: {type(part).__name__} is not a {base.__name__} part")
+        estimator, *transforms = self.slot("advantage")
+        if isinstance(estimator, AdvantageTransform):
+            raise ConfigError(f"advantage {estimator.name}: changes another advantage; name an estimator before it")
+        for part in transforms:
+            if not isinstance(part, AdvantageTransform):
+                raise ConfigError(f"advantage {part.name}: is an estimator of its own; a method has one")
+        known = EVALUATED | set(Batch.__dataclass_fields__) | self.provides
+        for part in self.parts:
+            for name in sorted(part.requires - known):
+                raise ConfigError(f"{part.slot} {part.name}: needs the signal {name!r}, which no part here provides")
+
+
+def _with_finite_rewards(batch: Batch) -> Batch:
+    rewards = torch.where(batch.rewards.isfinite(), batch.rewards, torch.nan)
+    known = ~rewards.isnan().all(-1) if batch.step_rewards is None else torch.ones(len(batch), dtype=torch.bool)
+    batch = batch.apply(lambda t: zero_outside(t, batch.mask) if t.shape == batch.mask.shape and t.is_floating_point() else t)
+    batch.rewards = rewards
+    return batch[known]
+
+
+def _per_decision(values: Tensor, batch: Batch) -> Float[Tensor, "N T"]:
+    return zero_outside(values.to(batch.old_logp).expand(batch.mask.shape), batch.mask).contiguous()

@@ -1,0 +1,1 @@
+"""Published methods, one file each, in the room of the slot they are about."""

@@ -1,0 +1,1 @@
+"""The methods that everything else is compared with."""

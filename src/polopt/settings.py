@@ -1,0 +1,58 @@
+"""Validated settings: frozen, no unknown keys, and a bad value is one line that names field, value and remedy."""
+
+from difflib import get_close_matches
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+
+from polopt.errors import ConfigError
+
+
+class Settings(BaseModel):
+    """Base of every configuration in the library."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @classmethod
+    def create(cls, where: str, **options: Any) -> Self:
+        """Validated settings.
+
+        Args:
+            where: what the options belong to, for the message ("surrogate ppo").
+            **options: the fields.
+
+        Raises:
+            ConfigError: unknown key, wrong type, value out of range or impossible combination.
+        """
+        try:
+            return cls(**options)
+        except ValidationError as error:
+            raise ConfigError(explain(cls, where, error.errors()[0])) from None
+
+
+def nearest(word: str, allowed: list[str]) -> str:
+    """The words to choose from, with the nearest one first if any is near."""
+    close = get_close_matches(word, allowed, 1, cutoff=0.5)
+    return (f"did you mean {close[0]!r}? " if close else "") + f"allowed: {', '.join(allowed) or 'none'}"
+
+
+def explain(model: type[BaseModel], where: str, error: ErrorDetails) -> str:
+    """One line for one validation error."""
+    path = ".".join(str(part) for part in error["loc"])
+    field = f"{where}.{path}" if where and path else where or path
+    if error["type"] == "extra_forbidden":
+        owner = _owner(model, error["loc"][:-1])
+        return f"{field}: unknown key; {nearest(str(error['loc'][-1]), sorted(owner.model_fields))}"
+    if error["type"] == "missing":
+        return f"{field}: required, and not given"
+    reason = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    return f"{field} = {error['input']!r}: {reason}" if path else f"{field}: {reason}"
+
+
+def _owner(model: type[BaseModel], path: tuple[int | str, ...]) -> type[BaseModel]:
+    for part in path:
+        annotation = model.model_fields[str(part)].annotation if str(part) in model.model_fields else None
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            model = annotation
+    return model
