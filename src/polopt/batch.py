@@ -9,10 +9,10 @@ reference policy: a part that names one of them in its `requires` finds it there
 """
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from tensordict import TensorClass, TensorDict
 from torch import Tensor
 
@@ -66,7 +66,8 @@ class Batch(TensorClass):
     loss_weight: Float[Tensor, "N T"] | None = None
     """Share of each decision in the loss of its minibatch: `weights` over the denominators of the aggregation."""
     signals: TensorDict | None = None
-    """Further whole-iteration quantities, [N] or [N, T], by the name under which a part `provides` them."""
+    """Further quantities of the whole iteration, [N, ...], by the name under which a part `provides` them, and what was
+    evaluated of the behaviour or reference policy beyond the fields above (`old_features`)."""
     payload: TensorDict | None = None
     """The domain's own (tokens; observations and actions; latents): opaque to methods."""
 
@@ -91,6 +92,25 @@ class Batch(TensorClass):
         if self.signals is None or name not in self.signals.keys():
             raise KeyError(f"signal {name!r}: no part of the method provides it")
         return self.signals[name]
+
+    def set_signal(self, name: str, value: Shaped[Tensor, "N ..."]) -> None:
+        """Attach a signal to the trajectories."""
+        if self.signals is None:
+            self.signals = TensorDict({}, batch_size=self.batch_size)
+        self.signals[name] = value
+
+    def set_evaluated(self, policy: Literal["old", "ref"], evaluation: "Evaluation") -> None:
+        """Record what was evaluated of the behaviour ("old") or reference ("ref") policy."""
+        for name, tensor in evaluation.tensors().items():
+            field = f"{policy}_{name}"
+            if field in self.__dataclass_fields__:
+                setattr(self, field, tensor)
+            else:
+                self.set_signal(field, tensor)
+
+    def has(self, name: str) -> bool:
+        """Whether a field or signal of that name is there."""
+        return getattr(self, name, None) is not None or (self.signals is not None and name in self.signals.keys())
 
 
 @dataclass(frozen=True)

@@ -342,10 +342,9 @@ class Method(nn.Module):
             batch.advantages = _per_decision(transform(batch, batch.advantages), batch)
         if not self.selection.before_advantage:
             batch.weights = _per_decision(self.selection(batch, draw), batch)
-        signals = {name: signal for part in self.parts for name, signal in part.signals(batch).items()}
-        if signals:
-            batch.signals = {name: signal.to(batch.old_logp) if signal.is_floating_point() else signal
-                             for name, signal in signals.items()}
+        for part in self.parts:
+            for name, signal in part.signals(batch).items():
+                batch.set_signal(name, signal.to(batch.old_logp) if signal.is_floating_point() else signal)
         return batch
 
     def objective(self, evaluation: Evaluation, batch: Batch) -> Float[Tensor, ""]:
@@ -373,7 +372,8 @@ class Method(nn.Module):
         for part in transforms:
             if not isinstance(part, AdvantageTransform):
                 raise ConfigError(f"advantage {part.name}: is an estimator of its own; a method has one")
-        known = EVALUATED | set(Batch.__dataclass_fields__) | self.provides
+        behaviour = {f"{policy}_{name}" for policy in ("old", "ref") for name in EVALUATED}
+        known = EVALUATED | set(Batch.__dataclass_fields__) | behaviour | self.provides
         for part in self.parts:
             for name in sorted(part.requires - known):
                 raise ConfigError(f"{part.slot} {part.name}: needs the signal {name!r}, which no part here provides")

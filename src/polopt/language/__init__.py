@@ -1,0 +1,1 @@
+"""The language domain: tasks, verifiers, sampling and the actor for token policies."""

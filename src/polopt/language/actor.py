@@ -1,0 +1,177 @@
+"""A causal language model as the policy: decisions are the tokens of its completions."""
+
+import hashlib
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Self
+
+import torch
+from jaxtyping import Int
+from tensordict import TensorDict
+from torch import Tensor, nn
+
+from polopt.batch import Batch, Evaluation
+from polopt.domain import Plan, Rollout
+from polopt.language.config import LanguageConfig
+from polopt.language.evaluation import evaluate_completions, micro_batches
+from polopt.language.model import LanguageModel, Lora, load_language_model
+from polopt.language.prompts import encode_prompt
+from polopt.language.sampler import CompletionSampler, Completions, SamplingConfig
+from polopt.language.scoring import score_statistics
+from polopt.language.tasks import Example, LanguageTask
+
+LARGE_MODEL = 10_000_000
+"""Parameters from which "auto" precision is bfloat16."""
+SAMPLES = 3
+
+
+class ValueHead(nn.Module):
+    """A linear critic on the model's last hidden state, 0 at the start."""
+
+    def __init__(self, width: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, 1, dtype=dtype)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Value in reward units of each hidden state [..., H] -> [...]."""
+        return self.linear(hidden).squeeze(-1)
+
+
+class LanguageActor:
+    """Samples completions and evaluates them.
+
+    The policy is softmax(logits / temperature) over the whole vocabulary; all log-probabilities are its own. With top-p
+    or top-k the sampler draws from a truncation of it, whose log-probabilities go into `sampler_logp`.
+
+    Args:
+        model: the model and its tokenizer.
+        config: sampling, precision and memory.
+        stop: strings that end a completion.
+        critic: add a value head.
+    """
+
+    domain = "language"
+
+    def __init__(
+        self, model: LanguageModel, config: LanguageConfig, *, stop: tuple[str, ...] = (), critic: bool = False
+    ) -> None:
+        self.config, self.model, self.tokenizer = config, model.model, model.tokenizer
+        self.language_model = model
+        self.module = nn.ModuleDict({"policy": self.model})
+        weights = getattr(torch, config.dtype)
+        if critic:
+            self.module["critic"] = ValueHead(self.model.config.get_text_config().hidden_size, weights)
+        large = sum(p.numel() for p in self.model.parameters()) > LARGE_MODEL and weights == torch.float32
+        compute = {"auto": torch.bfloat16 if large else weights, "same": weights, "bfloat16": torch.bfloat16}
+        self.compute_dtype, sampler_dtype = compute[config.compute], compute[config.sampler]
+        self.exact_sampler = sampler_dtype == weights and self.compute_dtype == weights
+        self.sampler = CompletionSampler(
+            self.model, self.tokenizer, None if sampler_dtype == weights else sampler_dtype, config.sampler_rows
+        )
+        self.sampling = SamplingConfig(config.max_new_tokens, config.temperature, config.top_p, config.top_k, stop)
+        self.scoring = SamplingConfig(config.max_new_tokens, config.score_temperature, stop=stop)
+        self.provides = frozenset(Evaluation.__dataclass_fields__) - (frozenset() if critic else {"value"})
+        self.provides |= {"old_entropy", "terminated", "truncated", "answer", "task"}
+
+    @classmethod
+    def build(cls, config: LanguageConfig, *, stop: tuple[str, ...] = (), critic: bool = False, seed: int = 0) -> Self:
+        """Load the model that the configuration names.
+
+        Raises:
+            ConfigError: there is no such model.
+        """
+        lora = Lora(rank=config.lora_rank, alpha=config.lora_alpha) if config.lora_rank else None
+        model = load_language_model(config.model, dtype=getattr(torch, config.dtype), lora=lora, seed=seed)
+        return cls(model, config, stop=stop, critic=critic)
+
+    def rollout(self, task: LanguageTask, plan: Plan, generator: torch.Generator) -> Rollout:
+        """Sample completions of the plan's prompts and measure their rewards."""
+        started = time.perf_counter()
+        examples = [task.heldout(int(i)) if plan.heldout else task.train(int(i)) for i in plan.prompt_ids]
+        prompts = [encode_prompt(self.tokenizer, example.prompt, self.config.chat_template) for example in examples]
+        config = self.scoring if plan.heldout else self.sampling
+        uniforms = torch.rand(plan.total, config.max_new_tokens, generator=generator, dtype=torch.float64)
+        counts = plan.counts.tolist()
+        mine = uniforms[plan.first : plan.first + sum(counts)]
+        self.sampler.refresh()
+        completions = self.sampler.sample(prompts, counts, config, mine)
+        texts = self._texts(completions)
+        generated = time.perf_counter()
+        of_row = [example for example, count in zip(examples, counts, strict=True) for _ in range(count)]
+        scores = task.score(texts, of_row)
+        metrics = {
+            "time/generate": generated - started,
+            "time/reward": time.perf_counter() - generated,
+            "tokens": float(completions.mask.sum()),
+            **{f"faults/{name}": float(count) for name, count in scores.faults.items()},
+        }
+        batch = self._batch(plan, prompts, completions, scores.rewards)
+        batch.answer = torch.tensor([_answer_id(answer) for answer in scores.answers], dtype=torch.int64)
+        samples = [
+            {"prompt": of_row[i].prompt, "completion": texts[i], "answer": of_row[i].answer, "rewards": rewards}
+            for i, rewards in enumerate(scores.rewards[:SAMPLES].tolist())
+        ]
+        return Rollout(batch, metrics, samples)
+
+    def evaluate(self, batch: Batch, requires: frozenset[str], **options: Any) -> Evaluation:
+        """The current policy's view of the completions' tokens."""
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.compute_dtype != getattr(torch, self.config.dtype)):
+            return evaluate_completions(
+                self.model,
+                batch,
+                requires,
+                temperature=self.config.temperature,
+                value_head=self.module["critic"] if "critic" in self.module else None,
+                **options,
+            )
+
+    def micro_batches(self, batch: Batch) -> list[Int[Tensor, " n"]]:
+        """Rows in pieces of at most `micro_batch_tokens`, prompts shared inside a piece."""
+        return micro_batches(batch.lengths, batch.payload["prompt_length"], batch.group, self.config.micro_batch_tokens)
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """The model as it was loaded."""
+        with self.language_model.reference():
+            yield
+
+    def score(self, task: LanguageTask, batch: Batch) -> dict[str, float]:
+        """Mean reward, pass@k and majority vote of held-out completions, with 95 % intervals."""
+        return score_statistics(batch.rewards, batch.group, batch.answer, task.reward_names)
+
+    def _batch(self, plan: Plan, prompts: list[list[int]], completions: Completions, rewards: Tensor) -> Batch:
+        index = torch.arange(len(prompts)).repeat_interleave(plan.counts)
+        length = torch.tensor([len(p) for p in prompts])
+        padded = torch.zeros(len(prompts), int(length.max()) if len(prompts) else 0, dtype=torch.int64)
+        for row, prompt in zip(padded, prompts, strict=True):
+            row[: len(prompt)] = torch.tensor(prompt)
+        truncated = self.sampling.truncates and not plan.heldout
+        payload = {"prompt": padded[index], "prompt_length": length[index], "tokens": completions.tokens}
+        return Batch(
+            mask=completions.mask,
+            old_logp=completions.logp,
+            old_entropy=completions.entropy,
+            sampler_logp=completions.sampler_logp if truncated else None,
+            rewards=rewards,
+            group=index,
+            prompt_id=plan.prompt_ids[index],
+            terminated=completions.finished,
+            truncated=~completions.finished,
+            task=torch.zeros(len(index), dtype=torch.int64),
+            payload=TensorDict(payload, batch_size=[len(index)]),
+            batch_size=[len(index)],
+        )
+
+    def _texts(self, completions: Completions) -> list[str]:
+        rows = [tokens[mask].tolist() for tokens, mask in zip(completions.tokens, completions.mask, strict=True)]
+        return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+
+
+def _answer_id(answer: str | None) -> int:
+    if answer is None:
+        return -1
+    return int.from_bytes(hashlib.blake2b(answer.encode(), digest_size=8).digest(), "big") >> 1
+

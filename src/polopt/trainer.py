@@ -1,0 +1,351 @@
+"""The loop, one for all domains:
+
+    sampler -> budget -> rollout -> shaping -> advantage -> selection
+        -> [epochs x minibatches: evaluate -> surrogate + regularizers -> backward -> optimizer]
+        -> log -> checkpoint -> score
+
+Every draw is seeded by (run seed, stream, iteration), so a run that is killed and resumed continues bit for bit.
+"""
+
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from pydantic import Field
+from torch import Tensor
+
+from polopt.batch import EVALUATED, Batch, Evaluation, concatenate
+from polopt.domain import Actor, Plan, Rollout, Task
+from polopt.engine import diagnostics
+from polopt.engine.diagnostics import Metrics
+from polopt.engine.gradient import Backward, backward, evaluate_rows
+from polopt.engine.minibatches import minibatches
+from polopt.engine.optimization import FiniteGuard, Schedule, learning_rate
+from polopt.engine.ranks import Ranks
+from polopt.engine.record import Record, Reporter
+from polopt.engine.seeding import generator
+from polopt.errors import ConfigError
+from polopt.method import Method
+from polopt.settings import Settings
+
+
+class TrainerConfig(Settings):
+    """How long, how much and how far. Fields that a method's paper fixes are the defaults of its recipe."""
+
+    iterations: int = Field(100, ge=0)
+    """Rollouts followed by updates."""
+    prompts: int = Field(16, ge=1)
+    """Prompts or start states of an iteration."""
+    rollouts: int = Field(8, ge=1)
+    """Rollouts of each prompt on average; the budget slot shares out `prompts * rollouts`."""
+    epochs: int = Field(1, ge=1)
+    """Passes over an iteration's data."""
+    minibatches: int = Field(1, ge=1)
+    """Optimizer steps of a pass."""
+    lr: float = Field(1e-5, gt=0)
+    """Learning rate at its peak."""
+    lr_schedule: Schedule = "constant"
+    """Course of the learning rate after the warm-up."""
+    warmup: int = Field(0, ge=0)
+    """Iterations of linear warm-up of the learning rate."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are scaled down to this norm."""
+    seed: int = Field(0, ge=0)
+    """Seed of every draw of the run."""
+    score_every: int = Field(0, ge=0)
+    """Iterations between held-out scores; 0: before and after the run only."""
+    score_prompts: int = Field(128, ge=1)
+    """Held-out prompts or start states of a score."""
+    score_rollouts: int = Field(1, ge=1)
+    """Rollouts of each held-out prompt."""
+    checkpoint_every: int = Field(10, ge=1)
+    """Iterations between checkpoints; one is always written at the end and on an interrupt."""
+    keep: int = Field(2, ge=1)
+    """Checkpoints that are kept."""
+    patience: int = Field(5, ge=0)
+    """Updates in a row that may be skipped because they were not finite."""
+    sampler_cap: float = Field(2.0, gt=0)
+    """Cap of the importance weight trainer / sampler, where a sampler's numerics differ from the trainer's."""
+    skip_silent: bool = True
+    """Do not evaluate trajectories that can add no gradient."""
+    ranks: int | None = Field(None, ge=1)
+    """Number of processes the run must have; refused if it has another."""
+    sharding: str = "none"
+    """"none": every rank holds all parameters; "fsdp2": they are sharded."""
+
+
+class Trainer:
+    """Trains an actor on a task by a method.
+
+    Args:
+        actor: the policy in its domain.
+        task: start states and outcomes.
+        method: what to descend.
+        config: sizes and lengths; unset fields take the method's own defaults.
+        out: run folder; None keeps nothing on disk.
+        description: written to the run folder as its configuration.
+        reporters: get every metric as it comes.
+
+    Raises:
+        ConfigError: the method needs what the actor, the task or the configuration cannot give.
+    """
+
+    def __init__(
+        self,
+        actor: Actor,
+        task: Task,
+        method: Method,
+        config: TrainerConfig | None = None,
+        *,
+        out: Path | str | None = None,
+        description: dict[str, Any] | None = None,
+        reporters: Sequence[Reporter] = (),
+        ranks: Ranks | None = None,
+    ) -> None:
+        config = config or TrainerConfig()
+        unset = {k: v for k, v in method.defaults.items() if k not in config.model_fields_set}
+        self.config = TrainerConfig.create("trainer", **(config.model_dump(exclude_unset=True) | unset))
+        self.actor, self.task, self.method = actor, task, method
+        self.ranks = ranks or Ranks.start(self.config.sharding, self.config.ranks)
+        self._check()
+        self.ranks.shard(actor.module)
+        self.parameters = [p for p in actor.module.parameters() if p.requires_grad]
+        self.optimizer = method.optimizer.build(self.parameters, self.config.lr)
+        self.guard = FiniteGuard(self.config.patience)
+        self.record = Record(out, description or {}, self.config.keep, reporters, self.ranks)
+        self.iteration = 0
+        self.before: dict[str, Any] = {}
+        self._stop = threading.Event()
+
+    def run(self, resume: bool = False) -> dict[str, Any]:
+        """Train to the end, or to the next interrupt.
+
+        Args:
+            resume: continue from the run folder's newest intact checkpoint.
+
+        Returns:
+            The summary: scores before and after with intervals, samples before and after, `interrupted`.
+        """
+        with self.record.open(self, resume) as record, self._interrupts():
+            if not self.before:
+                self.before = self.score()
+                record.save(self)
+            while self.iteration < self.config.iterations and not self._stop.is_set():
+                started = time.perf_counter()
+                metrics, samples = self.iterate()
+                metrics |= {"time/iteration": time.perf_counter() - started, "memory/peak": diagnostics.peak_memory()}
+                due = self.config.score_every and self.iteration % self.config.score_every == 0
+                if due and self.iteration < self.config.iterations:
+                    metrics |= {k: v for k, v in self.score().items() if k != "samples"}
+                record.log(self.iteration, metrics, samples)
+                if self.iteration % self.config.checkpoint_every == 0:
+                    record.save(self)
+            interrupted = self.iteration < self.config.iterations
+            record.save(self)
+            after = {} if interrupted else self.score()
+            return record.finish(self.iteration, self.before, after, interrupted)
+
+    def iterate(self) -> tuple[Metrics, list[dict[str, Any]]]:
+        """One rollout and its updates; returns the metrics and a few samples."""
+        lr = learning_rate(
+            self.config.lr, self.config.lr_schedule, self.config.warmup, self.iteration, self.config.iterations
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        rollout = self._collect()
+        metrics = dict(rollout.metrics) | diagnostics.describe_rollout(rollout.batch, self.task.reward_names)
+        started = time.perf_counter()
+        batch = self.method.prepare(self._with_evaluations(rollout.batch), self._draw)
+        metrics |= diagnostics.describe_advantages(batch) | {"time/prepare": time.perf_counter() - started}
+        started = time.perf_counter()
+        steps = self._update(batch) if len(batch) else []
+        metrics |= diagnostics.average(steps)
+        metrics |= {"lr": lr, "updates/skipped": float(self.guard.skipped), "updates": float(len(steps))}
+        metrics["time/update"] = time.perf_counter() - started
+        for part in self.method.parts:
+            part.observe(batch)
+        self.iteration += 1
+        return metrics, rollout.samples
+
+    def score(self) -> dict[str, Any]:
+        """Statistics on the held-out split, and samples of it."""
+        size = min(self.config.score_prompts, self.task.heldout_size)
+        plan = Plan(torch.arange(size), torch.full((size,), self.config.score_rollouts), heldout=True)
+        rollout = self._rollout(plan, generator(self.config.seed, "score", self.iteration))
+        return {**self.actor.score(self.task, rollout.batch), "samples": rollout.samples[:3]}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that is not derived from counters."""
+        model, optimizer = self.ranks.full_state(self.actor.module, self.optimizer)
+        return {
+            "iteration": self.iteration,
+            "model": model,
+            "optimizer": optimizer,
+            "method": dict(self.method.state_dict()),
+            "trainer": {"before": self.before, "skipped": self.guard.skipped, "in_a_row": self.guard.in_a_row},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from where `state_dict` was taken."""
+        self.iteration = state["iteration"]
+        self.ranks.load_full_state(self.actor.module, self.optimizer, state["model"], state["optimizer"])
+        self.method.load_state_dict(state["method"])
+        self.before = state["trainer"]["before"]
+        self.guard.skipped, self.guard.in_a_row = state["trainer"]["skipped"], state["trainer"]["in_a_row"]
+
+    def _draw(self, stream: str) -> torch.Generator:
+        return generator(self.config.seed, stream, self.iteration)
+
+    def _collect(self) -> Rollout:
+        """Rollouts until the sampler has accepted as many trajectories as were asked for, or its rounds are used up."""
+        wanted, kept, metrics, samples = self.config.prompts * self.config.rollouts, [], [], []
+        for number in range(self.method.sampler.max_rounds):
+            missing = wanted - sum(len(b) for b in kept)
+            prompts = min(self.config.prompts, -(-missing // self.config.rollouts))
+            if prompts <= 0:
+                break
+            epoch = partial(generator, self.config.seed, "epoch")
+            prompt_ids = self.method.sampler(self.task.train_size, prompts, epoch)
+            counts = self.method.budget(prompt_ids, prompts * self.config.rollouts, self._draw)
+            rollout = self._rollout(Plan(prompt_ids, counts), self._draw(f"rollout {number}" if number else "rollout"))
+            metrics.append(dict(rollout.metrics))
+            samples += rollout.samples
+            kept.append(rollout.batch[self.method.sampler.accepts(rollout.batch)])
+        totals = {name: sum(m.get(name, 0.0) for m in metrics) for name in metrics[0]}
+        batch = concatenate(kept)
+        batch.policy_version = torch.full((len(batch),), self.iteration)
+        return Rollout(batch, {**totals, "rounds": float(len(metrics))}, samples)
+
+    def _rollout(self, plan: Plan, draws: torch.Generator) -> Rollout:
+        mine = self.actor.rollout(self.task, plan.part(self.ranks.rank, self.ranks.world), draws)
+        names = sorted(mine.metrics)
+        totals = self.ranks.sum(torch.tensor([mine.metrics[n] for n in names], dtype=torch.float64))
+        return Rollout(self.ranks.gather(mine.batch), dict(zip(names, totals.tolist(), strict=True)), mine.samples)
+
+    def _with_evaluations(self, batch: Batch) -> Batch:
+        """The batch with what the parts require of the behaviour and reference policies, and the sampler's mismatch."""
+        if self.recomputes or not self.actor.exact_sampler:
+            batch.sampler_logp = batch.old_logp if batch.sampler_logp is None else batch.sampler_logp
+        asked = {name for name in self.method.requires if not batch.has(name)}
+        rows, options = torch.arange(len(batch)), self.method.evaluation_options()
+        old = {name[4:] for name in asked if name.startswith("old_")} | ({"logp"} if self.recomputes else set())
+        if old:
+            batch.set_evaluated("old", evaluate_rows(self.actor, batch, rows, frozenset(old), options, self.ranks))
+        if reference := {name[4:] for name in asked if name.startswith("ref_")}:
+            with self.actor.reference():
+                found = evaluate_rows(self.actor, batch, rows, frozenset(reference), options, self.ranks)
+            batch.set_evaluated("ref", found)
+        return batch
+
+    @property
+    def recomputes(self) -> bool:
+        """Old log-probabilities are evaluated by the trainer: its sampler is not exact and the policy moves on them."""
+        return not self.actor.exact_sampler and not self.anchors
+
+    @property
+    def anchors(self) -> bool:
+        """One update per rollout with an inexact sampler: the evaluation itself is the behaviour policy's."""
+        return not self.actor.exact_sampler and self.config.epochs * self.config.minibatches == 1
+
+    def _update(self, batch: Batch) -> list[Metrics]:
+        steps: list[Metrics] = []
+        keep_groups = self.method.surrogate.coupling in ("group", "batch")
+        if batch.sampler_logp is not None and not self.anchors:
+            batch.weights = batch.weights * self._sampler_weight(batch)
+        for epoch in range(self.config.epochs):
+            draws = self._draw(f"minibatches {epoch}")
+            for rows in minibatches(batch.group, self.config.minibatches, keep_groups, draws):
+                minibatch = batch[rows]
+                minibatch.loss_weight = self.method.surrogate.loss_weights(minibatch)
+                if metrics := self._step(minibatch, fresh=not steps):
+                    steps.append(metrics)
+        return steps
+
+    def _step(self, batch: Batch, fresh: bool) -> Metrics:
+        rows = self._teaching_rows(batch)
+        if not len(rows):
+            return {}
+        self.optimizer.zero_grad(set_to_none=True)
+        found = self._backward(batch, rows, fresh)
+        norm = self.ranks.clip_gradients(self.parameters, self.config.max_grad_norm)
+        evaluated = batch[rows] if not self.anchors else self._anchored(found.evaluation, batch[rows])
+        if self.guard.accepts(found.loss, norm):
+            self.optimizer.step()
+            for part in self.method.parts:
+                part.after_step(found.evaluation, evaluated)
+        metrics = diagnostics.describe_update(found.evaluation, evaluated, self.method.surrogate)
+        return {"loss": float(found.loss), "grad_norm": float(norm), "rows/evaluated": float(len(rows))} | metrics
+
+    def _backward(self, batch: Batch, rows: Int[Tensor, " n"], fresh: bool) -> Backward:
+        def objective(evaluation: Evaluation, batch: Batch) -> Tensor:
+            batch = self._anchored(evaluation, batch) if self.anchors else batch
+            return self.method.objective(evaluation, batch)
+
+        names = self.method.evaluated
+        current = self._known(batch[rows], names) if fresh and not self.anchors else None
+        options = self.method.evaluation_options()
+        return backward(
+            self.actor, batch, objective, names, separable=self.method.separable, rows=rows, current=current,
+            options=options, ranks=self.ranks,
+        )  # fmt: skip
+
+    def _known(self, batch: Batch, names: frozenset[str]) -> Evaluation | None:
+        """The current evaluation, if the batch already holds all of it."""
+        fields = {name: getattr(batch, f"old_{name}", None) for name in names}
+        return None if any(v is None for v in fields.values()) else Evaluation(**fields)
+
+    def _teaching_rows(self, batch: Batch) -> Int[Tensor, " n"]:
+        teaches = (batch.loss_weight != 0).any(-1)
+        silent = self.method.surrogate.zero_advantage_is_silent and not len(self.method.regularizers)
+        if self.config.skip_silent and silent:
+            teaches &= (batch.advantages != 0).any(-1)
+        return teaches.nonzero()[:, 0]
+
+    def _anchored(self, evaluation: Evaluation, batch: Batch) -> Batch:
+        """The batch with the evaluation as the behaviour policy's, weighted for the sampler that drew instead of it."""
+        batch = batch.clone(recurse=False)
+        batch.old_logp = evaluation.logp.detach()
+        batch.loss_weight = batch.loss_weight * self._sampler_weight(batch)
+        return batch
+
+    def _sampler_weight(self, batch: Batch) -> Tensor:
+        gap = torch.where(batch.mask, batch.old_logp - batch.sampler_logp, 0.0)
+        return gap.exp().clamp(max=self.config.sampler_cap)
+
+    def _check(self) -> None:
+        """Refuse what cannot work, before anything runs."""
+        available = self.actor.provides | {f"{p}_{n}" for p in ("old", "ref") for n in self.actor.provides & EVALUATED}
+        for part in self.method.parts:
+            if part.domains is not None and self.actor.domain not in part.domains:
+                domains = ", ".join(sorted(part.domains))
+                raise ConfigError(f"{part.slot} {part.name}: works on {domains}, not on {self.actor.domain}")
+            for name in sorted(part.requires - self.method.provides - available):
+                raise ConfigError(f"{part.slot} {part.name}: needs {name!r}, which this {self.actor.domain} run lacks")
+        if self.config.minibatches > self.config.prompts * self.config.rollouts:
+            raise ConfigError(f"trainer.minibatches = {self.config.minibatches}: more than the rollouts of an iteration")
+
+    @contextmanager
+    def _interrupts(self) -> Iterator[None]:
+        """The first Ctrl-C or SIGTERM stops after the running iteration, the second at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def stop(number: int, frame: Any) -> None:
+            if self._stop.is_set():
+                raise KeyboardInterrupt
+            self._stop.set()
+
+        before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
