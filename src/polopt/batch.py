@@ -77,8 +77,8 @@ class Batch(TensorClass):
         return self.mask.sum(-1)
 
     def outcome(self) -> Float[Tensor, " N"]:
-        """Total reward of each trajectory, float64: rewards that apply (NaN counts 0) plus rewards per decision."""
-        total = self.rewards.double().nan_to_num(nan=0.0, posinf=float("inf"), neginf=float("-inf")).sum(-1)
+        """Total reward of each trajectory, float64: rewards that are finite (others count 0) plus rewards per decision."""
+        total = self.rewards.double().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).sum(-1)
         if self.step_rewards is not None:
             total = total + torch.where(self.mask, self.step_rewards.double(), 0.0).sum(-1)
         return total
@@ -107,6 +107,23 @@ class Batch(TensorClass):
                 setattr(self, field, tensor)
             else:
                 self.set_signal(field, tensor)
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """All tensors by path, for a checkpoint."""
+        return {".".join(key) if isinstance(key, tuple) else key: tensor
+                for key, tensor in self.items(include_nested=True, leaves_only=True)}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> Self:
+        """What `to_tensors` was taken of."""
+        rows = [len(tensors["mask"])]
+        nested = {name: {} for name in ("signals", "payload")}
+        for path, tensor in tensors.items():
+            if "." in path:
+                nested[path.split(".", 1)[0]][path.split(".", 1)[1]] = tensor
+        fields = {path: tensor for path, tensor in tensors.items() if "." not in path}
+        nests = {name: TensorDict(found, batch_size=rows) for name, found in nested.items() if found}
+        return cls(**fields, **nests, batch_size=rows)
 
     def has(self, name: str) -> bool:
         """Whether a field or signal of that name is there."""
@@ -159,28 +176,31 @@ EVALUATED = frozenset(f.name for f in fields(Evaluation))
 """Names of what an actor may be asked to evaluate."""
 
 
-def pad_decisions(tensor: Tensor, length: int) -> Tensor:
-    """`tensor` [N, t, ...] with zero columns appended up to `length` decisions."""
-    missing = length - tensor.shape[1]
-    if missing <= 0:
-        return tensor
-    return torch.cat([tensor, tensor.new_zeros(tensor.shape[0], missing, *tensor.shape[2:])], 1)
-
-
 def concatenate(batches: list[Batch]) -> Batch:
-    """One batch of the rows of several, decisions padded to the longest; groups are renumbered so that none merge.
+    """One batch of the rows of several; groups are renumbered so that none merge.
+
+    Tensors of different widths (decisions, prompt lengths) are padded with zeros to the widest.
 
     Raises:
-        ValueError: `batches` is empty.
+        ValueError: `batches` is empty, or a field is in some of them only.
     """
     if not batches:
         raise ValueError("concatenate: needs at least one batch")
-    length = max(b.mask.shape[1] for b in batches)
+    leaves = [dict(b.items(include_nested=True, leaves_only=True)) for b in batches]
+    if any(found.keys() != leaves[0].keys() for found in leaves):
+        raise ValueError("concatenate: a field is in some of the batches only")
+    widths = {name: max(found[name].shape[1] for found in leaves) for name in leaves[0] if leaves[0][name].dim() > 1}
     joined, offset = [], 0
     for batch in batches:
-        width = batch.mask.shape[1]
-        batch = batch.apply(lambda t, w=width: pad_decisions(t, length) if t.dim() > 1 and t.shape[1] == w else t)
+        batch = batch.named_apply(lambda name, t: _widen(t, widths.get(name, 0)), nested_keys=True)
         batch.group = batch.group + offset
         offset = int(batch.group.max()) + 1 if len(batch) else offset
         joined.append(batch)
     return torch.cat(joined, 0)
+
+
+def _widen(tensor: Tensor, width: int) -> Tensor:
+    """`tensor` [N, w, ...] with zeros appended up to a width."""
+    if tensor.dim() < 2 or tensor.shape[1] >= width:
+        return tensor
+    return torch.cat([tensor, tensor.new_zeros(tensor.shape[0], width - tensor.shape[1], *tensor.shape[2:])], 1)

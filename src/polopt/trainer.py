@@ -47,6 +47,8 @@ class TrainerConfig(Settings):
     """Rollouts of each prompt on average; the budget slot shares out `prompts * rollouts`."""
     epochs: int = Field(1, ge=1)
     """Passes over an iteration's data."""
+    replay: int = Field(1, ge=1)
+    """Iterations whose data an update draws from, each against its own behaviour policy; 1: the present one's only."""
     minibatches: int = Field(1, ge=1)
     """Optimizer steps of a pass."""
     lr: float = Field(1e-5, gt=0)
@@ -122,6 +124,7 @@ class Trainer:
         self.record = Record(out, description or {}, self.config.keep, reporters, self.ranks)
         self.iteration = 0
         self.before: dict[str, Any] = {}
+        self.replayed: list[Batch] = []
         self._stop = threading.Event()
 
     def run(self, resume: bool = False) -> dict[str, Any]:
@@ -189,6 +192,7 @@ class Trainer:
             "model": model,
             "optimizer": optimizer,
             "method": dict(self.method.state_dict()),
+            "replay": {str(i): batch.to_tensors() for i, batch in enumerate(self.replayed)},
             "trainer": {"before": self.before, "skipped": self.guard.skipped, "in_a_row": self.guard.in_a_row},
         }
 
@@ -197,6 +201,7 @@ class Trainer:
         self.iteration = state["iteration"]
         self.ranks.load_full_state(self.actor.module, self.optimizer, state["model"], state["optimizer"])
         self.method.load_state_dict(state["method"])
+        self.replayed = [Batch.from_tensors(tensors) for tensors in state["replay"].values()]
         self.before = state["trainer"]["before"]
         self.guard.skipped, self.guard.in_a_row = state["trainer"]["skipped"], state["trainer"]["in_a_row"]
 
@@ -259,12 +264,14 @@ class Trainer:
         keep_groups = self.method.surrogate.coupling in ("group", "batch")
         if batch.sampler_logp is not None and not self.anchors:
             batch.weights = batch.weights * self._sampler_weight(batch)
+        data = concatenate([*self.replayed, batch])
+        self.replayed = [*self.replayed, batch][max(0, len(self.replayed) + 2 - self.config.replay) :]
         for epoch in range(self.config.epochs):
             draws = self._draw(f"minibatches {epoch}")
-            for rows in minibatches(batch.group, self.config.minibatches, keep_groups, draws):
-                minibatch = batch[rows]
+            for rows in minibatches(data.group, self.config.minibatches, keep_groups, draws):
+                minibatch = data[rows]
                 minibatch.loss_weight = self.method.surrogate.loss_weights(minibatch)
-                if metrics := self._step(minibatch, fresh=not steps):
+                if metrics := self._step(minibatch, fresh=not steps and len(data) == len(batch)):
                     steps.append(metrics)
         return steps
 

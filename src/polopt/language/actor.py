@@ -56,7 +56,12 @@ class LanguageActor:
     domain = "language"
 
     def __init__(
-        self, model: LanguageModel, config: LanguageConfig, *, stop: tuple[str, ...] = (), critic: bool = False
+        self,
+        model: LanguageModel,
+        config: LanguageConfig,
+        *,
+        stop: tuple[str, ...] = (),
+        critic: bool = False,
     ) -> None:
         self.config, self.model, self.tokenizer = config, model.model, model.tokenizer
         self.language_model = model
@@ -69,15 +74,22 @@ class LanguageActor:
         self.compute_dtype, sampler_dtype = compute[config.compute], compute[config.sampler]
         self.exact_sampler = sampler_dtype == weights and self.compute_dtype == weights
         self.sampler = CompletionSampler(
-            self.model, self.tokenizer, None if sampler_dtype == weights else sampler_dtype, config.sampler_rows
+            self.model,
+            self.tokenizer,
+            None if sampler_dtype == weights else sampler_dtype,
+            config.sampler_rows,
         )
-        self.sampling = SamplingConfig(config.max_new_tokens, config.temperature, config.top_p, config.top_k, stop)
+        self.sampling = SamplingConfig(
+            config.max_new_tokens, config.temperature, config.top_p, config.top_k, stop
+        )
         self.scoring = SamplingConfig(config.max_new_tokens, config.score_temperature, stop=stop)
         self.provides = frozenset(Evaluation.__dataclass_fields__) - (frozenset() if critic else {"value"})
         self.provides |= {"old_entropy", "terminated", "truncated", "answer", "task"}
 
     @classmethod
-    def build(cls, config: LanguageConfig, *, stop: tuple[str, ...] = (), critic: bool = False, seed: int = 0) -> Self:
+    def build(
+        cls, config: LanguageConfig, *, stop: tuple[str, ...] = (), critic: bool = False, seed: int = 0
+    ) -> Self:
         """Load the model that the configuration names.
 
         Raises:
@@ -91,7 +103,9 @@ class LanguageActor:
         """Sample completions of the plan's prompts and measure their rewards."""
         started = time.perf_counter()
         examples = [task.heldout(int(i)) if plan.heldout else task.train(int(i)) for i in plan.prompt_ids]
-        prompts = [encode_prompt(self.tokenizer, example.prompt, self.config.chat_template) for example in examples]
+        prompts = [
+            encode_prompt(self.tokenizer, example.prompt, self.config.chat_template) for example in examples
+        ]
         config = self.scoring if plan.heldout else self.sampling
         uniforms = torch.rand(plan.total, config.max_new_tokens, generator=generator, dtype=torch.float64)
         counts = plan.counts.tolist()
@@ -111,14 +125,21 @@ class LanguageActor:
         batch = self._batch(plan, prompts, completions, scores.rewards)
         batch.answer = torch.tensor([_answer_id(answer) for answer in scores.answers], dtype=torch.int64)
         samples = [
-            {"prompt": of_row[i].prompt, "completion": texts[i], "answer": of_row[i].answer, "rewards": rewards}
+            {
+                "prompt": of_row[i].prompt,
+                "completion": texts[i],
+                "answer": of_row[i].answer,
+                "rewards": rewards,
+            }
             for i, rewards in enumerate(scores.rewards[:SAMPLES].tolist())
         ]
         return Rollout(batch, metrics, samples)
 
     def evaluate(self, batch: Batch, requires: frozenset[str], **options: Any) -> Evaluation:
         """The current policy's view of the completions' tokens."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.compute_dtype != getattr(torch, self.config.dtype)):
+        with torch.autocast(
+            "cpu", torch.bfloat16, enabled=self.compute_dtype != getattr(torch, self.config.dtype)
+        ):
             return evaluate_completions(
                 self.model,
                 batch,
@@ -130,7 +151,9 @@ class LanguageActor:
 
     def micro_batches(self, batch: Batch) -> list[Int[Tensor, " n"]]:
         """Rows in pieces of at most `micro_batch_tokens`, prompts shared inside a piece."""
-        return micro_batches(batch.lengths, batch.payload["prompt_length"], batch.group, self.config.micro_batch_tokens)
+        return micro_batches(
+            batch.lengths, batch.payload["prompt_length"], batch.group, self.config.micro_batch_tokens
+        )
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -142,7 +165,9 @@ class LanguageActor:
         """Mean reward, pass@k and majority vote of held-out completions, with 95 % intervals."""
         return score_statistics(batch.rewards, batch.group, batch.answer, task.reward_names)
 
-    def _batch(self, plan: Plan, prompts: list[list[int]], completions: Completions, rewards: Tensor) -> Batch:
+    def _batch(
+        self, plan: Plan, prompts: list[list[int]], completions: Completions, rewards: Tensor
+    ) -> Batch:
         index = torch.arange(len(prompts)).repeat_interleave(plan.counts)
         length = torch.tensor([len(p) for p in prompts])
         padded = torch.zeros(len(prompts), int(length.max()) if len(prompts) else 0, dtype=torch.int64)
@@ -166,7 +191,9 @@ class LanguageActor:
         )
 
     def _texts(self, completions: Completions) -> list[str]:
-        rows = [tokens[mask].tolist() for tokens, mask in zip(completions.tokens, completions.mask, strict=True)]
+        rows = [
+            tokens[mask].tolist() for tokens, mask in zip(completions.tokens, completions.mask, strict=True)
+        ]
         return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
 
 
@@ -174,4 +201,3 @@ def _answer_id(answer: str | None) -> int:
     if answer is None:
         return -1
     return int.from_bytes(hashlib.blake2b(answer.encode(), digest_size=8).digest(), "big") >> 1
-

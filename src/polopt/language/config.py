@@ -49,7 +49,15 @@ class LanguageConfig(Settings):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.warm_up and not self.model.startswith("tiny:"):
-            raise ValueError(f"warm_up = {self.warm_up}: only for a model from scratch (model = 'tiny:LAYERSxWIDTH')")
-        if self.dtype != "float32" and "bfloat16" in (self.compute, self.sampler) and self.dtype != "bfloat16":
-            raise ValueError(f"dtype = {self.dtype!r}: bfloat16 compute or sampling needs float32 or bfloat16 weights")
+            raise ValueError(
+                f"warm_up = {self.warm_up}: only for a model from scratch (model = 'tiny:LAYERSxWIDTH')"
+            )
+        if (
+            self.dtype != "float32"
+            and "bfloat16" in (self.compute, self.sampler)
+            and self.dtype != "bfloat16"
+        ):
+            raise ValueError(
+                f"dtype = {self.dtype!r}: bfloat16 compute or sampling needs float32 or bfloat16 weights"
+            )
         return self

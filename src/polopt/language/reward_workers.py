@@ -57,12 +57,12 @@ class RewardFaults:
         """Number of faults."""
         return self.timeouts + self.errors + self.died + self.malformed + self.infinite
 
-    def counts(self) -> dict[str, int]:
+    def items(self) -> list[tuple[str, int]]:
         """All counts by name, for metrics."""
-        return {name: value for name, value in vars(self).items() if name != "messages"}
+        return [(name, value) for name, value in vars(self).items() if name != "messages"]
 
     def __add__(self, other: "RewardFaults") -> "RewardFaults":
-        both = Counter(self.counts()) + Counter(other.counts())
+        both = Counter(dict(self.items())) + Counter(dict(other.items()))
         return RewardFaults(**both, messages=(self.messages + other.messages)[:_KEPT_MESSAGES])
 
 
@@ -80,7 +80,7 @@ class RewardPool:
             concurrently under `timeout`, but nothing stops a sync one that hangs or crashes.
 
     Raises:
-        ConfigError: a function cannot be found by another process, cannot be loaded, or two have the same name.
+        ConfigError: a function is not where another process could find it, or two have the same name.
 
     Example:
         >>> def length(completion: str) -> float:
@@ -112,7 +112,7 @@ class RewardPool:
             self._run = self._pool.run
 
     def start(self) -> Self:
-        """Load the functions now, in the first worker.
+        """Load the functions now, in a first worker, instead of at the first call.
 
         Raises:
             ConfigError: they cannot be loaded.
@@ -179,7 +179,9 @@ def _load(source: FunctionSource) -> Callable[..., Any]:
     try:
         return source.load()
     except Exception as error:
-        raise ConfigError(f"{source.module}: cannot load function {source.function!r}: {describe(error)}") from error
+        raise ConfigError(
+            f"{source.module}: cannot load function {source.function!r}: {describe(error)}"
+        ) from error
 
 
 def _reward(outcome: Outcome) -> tuple[float, str, str]:
@@ -196,7 +198,9 @@ def _reward(outcome: Outcome) -> tuple[float, str, str]:
     return outcome.value, "ok", ""
 
 
-def _run_here(functions: Sequence[Callable[..., Any]], calls: Sequence[Call], timeout: float) -> list[Outcome]:
+def _run_here(
+    functions: Sequence[Callable[..., Any]], calls: Sequence[Call], timeout: float
+) -> list[Outcome]:
     """Make the calls in this process: sync ones in order, then async ones together."""
     is_async = [asyncio.iscoroutinefunction(function) for function in functions]
     outcomes: dict[int, Outcome] = {}
@@ -209,7 +213,9 @@ def _run_here(functions: Sequence[Callable[..., Any]], calls: Sequence[Call], ti
         return await asyncio.gather(*(_await(functions[calls[p][0]], calls[p][1], timeout) for p in pending))
 
     if pending:
-        with ThreadPoolExecutor(1) as thread:  # a thread of its own: the caller's may already run an event loop
+        with ThreadPoolExecutor(
+            1
+        ) as thread:  # a thread of its own: the caller's may already run an event loop
             outcomes.update(zip(pending, thread.submit(asyncio.run, gather()).result(), strict=True))
     return [outcomes[position] for position in range(len(calls))]
 

@@ -216,7 +216,9 @@ class WorkerPool:
         """Start workers until `wanted` are free or the pool is full; the reason if that failed."""
         if not self._finalizer.alive:
             raise PoloptError("the worker pool is closed")
-        for worker in [worker for worker in self._workers if worker.ready and worker.process.poll() is not None]:
+        for worker in [
+            worker for worker in self._workers if worker.ready and worker.process.poll() is not None
+        ]:
             if worker.call is None:
                 self._discard(worker)
         free = sum(worker.call is None for worker in self._workers)
@@ -268,9 +270,9 @@ class WorkerPool:
         outcome = Outcome.from_reply(message)
         if worker.call is None:  # a failed start, or words that nobody asked for
             return self._end(worker, outcome)
-        events = [(worker.call, outcome)]
+        call = worker.call
         worker.rest()
-        return events
+        return [(call, outcome)]
 
     def _end(self, worker: _Worker, outcome: Outcome) -> list[tuple[int | None, Outcome]]:
         """Get rid of a worker; its call, if it had one, and a failed start are events."""

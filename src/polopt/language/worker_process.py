@@ -44,13 +44,25 @@ class FunctionSource:
         Raises:
             Exception: whatever importing the module raises.
             AttributeError: the module has no such function.
-            TypeError: it is not callable.
         """
-        module = load_file(self.module) if self.module.endswith(".py") else importlib.import_module(self.module)
-        function = getattr(module, self.function)
-        if not callable(function):
-            raise TypeError(f"{self.function} is a {type(function).__name__}, not a function")
+        function = self.find(self.import_module())
         return function if self.options is None else function(**self.options)
+
+    def import_module(self) -> ModuleType:
+        """Import the file or module."""
+        return load_file(self.module) if self.module.endswith(".py") else importlib.import_module(self.module)
+
+    def find(self, module: ModuleType) -> Callable[..., Any]:
+        """The function in its module.
+
+        Raises:
+            AttributeError: there is none of that name.
+        """
+        function = getattr(module, self.function, None)
+        if not callable(function):
+            defined = ", ".join(name for name, value in vars(module).items() if inspect.isfunction(value))
+            raise AttributeError(f"there is no function {self.function!r}; defined are: {defined or 'none'}")
+        return function
 
 
 def load_file(path: str) -> ModuleType:
@@ -87,7 +99,11 @@ def reply_to(value: Any) -> dict[str, Any]:
     if value is None:
         return {"value": None}
     if isinstance(value, str):
-        return {"value": value} if len(value) <= MAX_TEXT else {"malformed": f"a text of {len(value)} characters"}
+        return (
+            {"value": value}
+            if len(value) <= MAX_TEXT
+            else {"malformed": f"a text of {len(value)} characters"}
+        )
     try:
         return {"malformed": "bytes"} if isinstance(value, bytes | bytearray) else {"value": float(value)}
     except (TypeError, ValueError, OverflowError, RuntimeError):

@@ -1,0 +1,1 @@
+"""Methods about how much better than expected a trajectory was."""

@@ -1,0 +1,1 @@
+"""Methods about which prompts, rollouts and decisions are worth the work."""

@@ -1,0 +1,1 @@
+"""Methods about keeping the policy's entropy."""

@@ -1,0 +1,1 @@
+"""Methods about how the importance ratio is held."""
