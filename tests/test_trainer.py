@@ -26,7 +26,7 @@ def trainer(method: str = "grpo", out: Path | None = None, **config: Any) -> pol
 def curve(out: Path) -> list[dict[str, Any]]:
     """Everything a run logged that does not depend on the clock."""
     return [
-        {k: v for k, v in line.items() if not k.startswith(("time/", "memory/"))} for line in read_metrics(out / "metrics.jsonl")
+        {k: v for k, v in line.items() if not k.startswith(("time/", "memory/"))} for line in read_metrics(out)
     ]
 
 

@@ -112,8 +112,8 @@ class Shaping(Part):
 
     slot = "shaping"
 
-    def forward(self, batch: Batch) -> Batch:
-        """The batch with other `rewards` or `step_rewards`."""
+    def forward(self, batch: Batch, draw: Draw) -> Batch:
+        """The batch with other `rewards` or `step_rewards`, or with further fields that say how they belong together."""
         raise NotImplementedError
 
 
@@ -332,7 +332,7 @@ class Method(nn.Module):
         """
         batch = _with_finite_rewards(batch)
         for shaping in self.shaping:
-            batch = shaping(batch)
+            batch = shaping(batch, draw)
         if self.selection.before_advantage:
             batch.weights = _per_decision(self.selection(batch, draw), batch)
             batch = batch[batch.weights.any(-1)]

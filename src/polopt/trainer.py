@@ -229,7 +229,8 @@ class Trainer:
         return Rollout(batch, {**totals, "rounds": float(len(metrics))}, samples)
 
     def _rollout(self, plan: Plan, draws: torch.Generator) -> Rollout:
-        mine = self.actor.rollout(self.task, plan.part(self.ranks.rank, self.ranks.world), draws)
+        with self.ranks.full_parameters():
+            mine = self.actor.rollout(self.task, plan.part(self.ranks.rank, self.ranks.world), draws)
         names = sorted(mine.metrics)
         totals = self.ranks.sum(torch.tensor([mine.metrics[n] for n in names], dtype=torch.float64))
         return Rollout(self.ranks.gather(mine.batch), dict(zip(names, totals.tolist(), strict=True)), mine.samples)

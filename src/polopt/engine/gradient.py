@@ -1,25 +1,26 @@
 """Decision-space gradients: the exact gradient of any minibatch objective, whatever the micro-batches and the ranks.
 
-An objective is a function of the whole minibatch's evaluation, a few [N, T] tensors. Its derivative with respect to them
-is taken once and pulled back through the network micro-batch by micro-batch, a vector-Jacobian product each:
+An objective is a function of the whole minibatch's evaluation, a few [N, T] tensors. Its derivative with respect to
+them is taken once and pulled back through the network micro-batch by micro-batch, a vector-Jacobian product each:
 
     1. evaluate every micro-batch without gradient         skipped while `current` is still the policy's evaluation
     2. d objective / d evaluation, on the small tensors
     3. evaluate every micro-batch with gradient, and backward with its rows of that derivative
 
-An objective that is a sum over trajectories needs 3 alone: each micro-batch's own loss is its share (`separable`).
+An objective that is a sum over trajectories needs 3 alone: step 2 is taken on each micro-batch (`separable`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from polopt.batch import Batch, Evaluation
-from polopt.engine.ranks import Ranks
+from polopt.engine.ranks import Piece, Ranks
 
 Objective = Callable[[Evaluation, Batch], Float[Tensor, ""]]
 Rows = Int[Tensor, " n"]
@@ -28,6 +29,9 @@ DIFFERENTIABLE = ("logp", "entropy", "value")
 
 class Evaluator(Protocol):
     """What the engine needs of an actor."""
+
+    module: nn.Module
+    """Has the parameters."""
 
     def evaluate(self, batch: Batch, requires: frozenset[str], **options: Any) -> Evaluation:
         """The current policy's view of the batch's decisions, [N, T], with gradient where gradients are on."""
@@ -50,19 +54,26 @@ class Backward:
 
 
 def evaluate_rows(
-    actor: Evaluator, batch: Batch, rows: Rows, requires: frozenset[str], options: dict[str, Any], ranks: Ranks
+    actor: Evaluator,
+    batch: Batch,
+    rows: Rows,
+    requires: frozenset[str],
+    options: dict[str, Any],
+    ranks: Ranks,
 ) -> Evaluation:
-    """The evaluation of some rows, without gradient, in micro-batches and over the ranks; [n, T] in the order of `rows`."""
-    found: dict[str, Tensor] = {}
+    """The evaluation of some rows, [n, T] in their order, without gradient, in micro-batches and over the ranks.
+
+    Raises:
+        ValueError: there are no rows.
+    """
+    found = _Found(len(rows))
     with torch.no_grad():
-        for piece in ranks.share(actor.micro_batches(batch[rows])):
-            evaluation = actor.evaluate(batch[rows[piece.rows]], requires, **options)
-            for name, tensor in evaluation.tensors().items():
-                whole = found.setdefault(name, tensor.new_zeros(len(rows), *tensor.shape[1:]))
-                whole[piece.rows] = tensor * piece.counts if tensor.is_floating_point() else tensor * int(piece.counts)
-    return Evaluation(**{name: ranks.sum(tensor) for name, tensor in sorted(found.items())})
+        for piece, _, outputs in _Passes(actor, requires, options, ranks).over(batch[rows]):
+            found.add(piece, outputs)
+    return found.on_all(ranks)
 
 
+@torch.enable_grad()
 def backward(
     actor: Evaluator,
     batch: Batch,
@@ -89,57 +100,104 @@ def backward(
         ranks: the processes that share the work; None: this one.
 
     Returns:
-        The loss and the evaluation behind it.
+        The loss and the evaluation behind it. A separable loss is that of `rows` alone, in float64.
+
+    Raises:
+        ValueError: there are no rows.
     """
-    ranks = ranks or Ranks()
     rows = torch.arange(len(batch)) if rows is None else rows
-    options = options or {}
-    if separable:
-        return _fused(actor, batch, objective, requires, rows, options, ranks)
-    if current is None:
-        current = evaluate_rows(actor, batch, rows, requires, options, ranks)
-    leaves = {name: t.detach().requires_grad_(name in DIFFERENTIABLE) for name, t in current.tensors().items()}
-    with torch.enable_grad():
-        loss = objective(_among_all(Evaluation(**leaves), batch, rows), batch)
-    pulled = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
-    cotangents = torch.autograd.grad(loss, list(pulled.values()), allow_unused=True) if loss.requires_grad else ()
-    gradients = {name: g for name, g in zip(pulled, cotangents, strict=bool(cotangents)) if g is not None}
-    for piece in ranks.share(actor.micro_batches(batch[rows])):
-        evaluation = actor.evaluate(batch[rows[piece.rows]], requires, **options).tensors()
-        outputs = [evaluation[name] for name in gradients]
-        torch.autograd.backward(outputs, [g[piece.rows].to(o) * piece.counts for g, o in zip(gradients.values(), outputs, strict=True)])
-    ranks.sum_gradients(actor)
-    return Backward(loss.detach(), current.detach(), rows)
+    passes = _Passes(actor, requires, options or {}, ranks or Ranks())
+    with passes.ranks.sum_gradients(actor.module):
+        if separable:
+            return _separable(passes, batch, objective, rows)
+        if current is None:
+            current = evaluate_rows(actor, batch, rows, requires, passes.options, passes.ranks)
+        loss, cotangents = _differentiate(lambda e: objective(_among_all(e, batch, rows), batch), current)
+        for piece, _, outputs in passes.over(batch[rows]):
+            _pull_back(
+                piece, outputs, {name: cotangent[piece.rows] for name, cotangent in cotangents.items()}
+            )
+        return Backward(loss, current.detach(), rows)
 
 
-def _fused(
-    actor: Evaluator, batch: Batch, objective: Objective, requires: frozenset[str], rows: Rows, options: dict[str, Any], ranks: Ranks
-) -> Backward:
+@dataclass(frozen=True)
+class _Passes:
+    """How micro-batches are evaluated."""
+
+    actor: Evaluator
+    requires: frozenset[str]
+    options: dict[str, Any]
+    ranks: Ranks
+
+    def over(self, batch: Batch) -> Iterator[tuple[Piece, Batch, dict[str, Tensor]]]:
+        """This rank's micro-batches, each with its trajectories and their evaluation."""
+        if not len(batch):
+            raise ValueError("rows: there are none to evaluate")
+        for piece in self.ranks.share(self.actor.micro_batches(batch), batch.lengths):
+            part = batch[piece.rows]
+            evaluate = partial(self.actor.evaluate, part, self.requires, **self.options)
+            yield piece, part, self.ranks.forward(lambda evaluate=evaluate: evaluate().tensors())
+
+
+class _Found:
+    """The evaluation of `size` rows, gathered piece by piece."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.fields: dict[str, Tensor] = {}
+
+    def add(self, piece: Piece, outputs: dict[str, Tensor]) -> None:
+        for name, tensor in outputs.items():
+            whole = self.fields.setdefault(name, tensor.new_zeros(self.size, *tensor.shape[1:]))
+            if piece.counts:
+                whole[piece.rows] = tensor.detach()
+
+    def on_all(self, ranks: Ranks) -> Evaluation:
+        return Evaluation(**{name: ranks.sum(tensor) for name, tensor in sorted(self.fields.items())})
+
+
+def _separable(passes: _Passes, batch: Batch, objective: Objective, rows: Rows) -> Backward:
     total = torch.zeros((), dtype=torch.float64)
-    found: dict[str, Tensor] = {}
-    for piece in ranks.share(actor.micro_batches(batch[rows])):
-        part = batch[rows[piece.rows]]
-        evaluation = actor.evaluate(part, requires, **options)
-        loss = objective(evaluation, part) * piece.counts
-        if loss.requires_grad:
-            loss.backward()
-        total += loss.detach().double().cpu()
-        for name, tensor in evaluation.detach().tensors().items():
-            whole = found.setdefault(name, tensor.new_zeros(len(rows), *tensor.shape[1:]))
-            whole[piece.rows] = tensor * piece.counts if tensor.is_floating_point() else tensor * int(piece.counts)
-    evaluation = Evaluation(**{name: ranks.sum(tensor) for name, tensor in sorted(found.items())})
-    ranks.sum_gradients(actor)
-    return Backward(ranks.sum(total), evaluation, rows)
+    found = _Found(len(rows))
+    for piece, part, outputs in passes.over(batch[rows]):
+        loss, cotangents = _differentiate(lambda e, part=part: objective(e, part), Evaluation(**outputs))
+        if piece.counts:
+            total += loss.double().cpu()
+        found.add(piece, outputs)
+        _pull_back(piece, outputs, cotangents)
+    return Backward(passes.ranks.sum(total), found.on_all(passes.ranks), rows)
+
+
+def _differentiate(
+    objective: Callable[[Evaluation], Float[Tensor, ""]], evaluation: Evaluation
+) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+    """The objective at an evaluation, and its derivative there with respect to each field that can have one."""
+    leaves = {
+        name: t.detach().requires_grad_(name in DIFFERENTIABLE) for name, t in evaluation.tensors().items()
+    }
+    loss = objective(Evaluation(**leaves))
+    fields = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+    if not loss.requires_grad:
+        return loss, {name: torch.zeros_like(leaf) for name, leaf in fields.items()}
+    found = torch.autograd.grad(loss, list(fields.values()), allow_unused=True, materialize_grads=True)
+    return loss.detach(), dict(zip(fields, found, strict=True))
+
+
+def _pull_back(piece: Piece, outputs: dict[str, Tensor], cotangents: dict[str, Tensor]) -> None:
+    """Add the derivatives of the outputs, times the cotangents, to the parameters' `.grad`."""
+    pulled = {name: outputs[name] for name in cotangents if outputs[name].requires_grad}
+    weights = [cotangents[n].to(out) if piece.counts else torch.zeros_like(out) for n, out in pulled.items()]
+    if pulled:
+        torch.autograd.backward(list(pulled.values()), weights)
 
 
 def _among_all(evaluation: Evaluation, batch: Batch, rows: Rows) -> Evaluation:
     """The evaluation of `rows` among all rows of the batch; elsewhere the behaviour policy's values, constant."""
-    if len(rows) == len(batch):
-        order = torch.argsort(rows)
-        return evaluation if bool((rows == torch.arange(len(rows))).all()) else evaluation.map(lambda t: t[order])
     whole: dict[str, Tensor] = {}
     for name, tensor in evaluation.tensors().items():
-        old = cast(Tensor | None, getattr(batch, f"old_{name}", None))
-        rest = tensor.new_zeros(len(batch), *tensor.shape[1:]) if old is None else old.to(tensor)
+        old = getattr(batch, f"old_{name}", None)
+        if old is None and batch.has(f"old_{name}"):
+            old = batch.signal(f"old_{name}")
+        rest = tensor.new_zeros(len(batch), *tensor.shape[1:]) if old is None else old.detach().to(tensor)
         whole[name] = rest.index_copy(0, rows, tensor)
     return Evaluation(**whole)

@@ -55,7 +55,8 @@ class _Immediate(Grader):
     """A grader that is one quick pure function."""
 
     @abstractmethod
-    def reward(self, final: str | None, answer: str) -> float: ...
+    def reward(self, final: str | None, answer: str) -> float:
+        """The reward of a final answer, given the reference."""
 
     def grade(self, rows: Sequence[Row]) -> tuple[Float[Tensor, "N K"], RewardFaults]:
         values = [[self.reward(row.final, row.example.answer)] for row in rows]

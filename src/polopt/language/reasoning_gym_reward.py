@@ -1,7 +1,8 @@
 """reasoning-gym's scorers, loaded in worker processes only.
 
 Some of them evaluate the answer as Python (`eval`, sympy's `parse_expr`), and the answer is written by a model. Here
-both names are bound to readers that know numbers, lists and formulas and nothing else.
+both names are bound to readers that know numbers, lists and elementary formulas and nothing else, so that an answer is
+never run, and "Integral(f(x), x)" is no answer to the question for the integral of f.
 """
 
 import ast
@@ -26,6 +27,7 @@ _SPECIAL = (
     "sin cos tan cot sec csc asin acos atan sinh cosh tanh asinh acosh atanh exp log ln sqrt erf Abs pi"
 )
 _NAMES = frozenset(_SPECIAL.split())
+_NONSENSE = "nonsense ?!"
 _FORMULA = re.compile(r"[\w\s+\-*/^().,!]*")
 _ATTRIBUTE = re.compile(r"\.\s*[^\W\d]")
 _NAME = re.compile(r"(?<!\w)[^\W\d]\w*")
@@ -40,20 +42,29 @@ def scorer(name: str, options: dict[str, Any], partial_credit: bool) -> Callable
         partial_credit: graded scores; otherwise full marks are 1 and all else is 0.
 
     Returns:
-        `reward(completion, entry)`; generators without a scorer of their own are scored by equality, since the
-        default one gives partial credit for any text that contains the right answer.
+        `reward(completion, entry)`. Generators without a scorer of their own are scored by equality, since the default
+        one gives partial credit for any text that contains the right answer; so are those whose scorer gives full marks
+        to nonsense.
     """
     dataset = reasoning_gym.create_dataset(name, **options)
-    has_own = type(dataset).score_answer is not ProceduralDataset.score_answer
     _disarm()
+    has_own = type(dataset).score_answer is not ProceduralDataset.score_answer
+    by_equality = not has_own or _read(dataset.score_answer, _NONSENSE, dataset[0]) >= 1.0
 
     def reward(completion: str, entry: dict[str, Any]) -> float:
-        if not has_own:
-            return float(completion == entry["answer"])
-        score = float(dataset.score_answer(completion, entry))
+        if by_equality:
+            return float(completion.strip() == entry["answer"].strip())
+        score = _read(dataset.score_answer, completion, entry)
         return score if partial_credit else float(score >= 1.0)
 
     return reward
+
+
+def _read(score_answer: Callable[..., float], answer: str, entry: dict[str, Any]) -> float:
+    try:
+        return float(score_answer(answer, entry))
+    except (ValueError, SyntaxError):  # an answer that the scorer cannot read is wrong
+        return 0.0
 
 
 def read_literal(text: str) -> Any:

@@ -37,7 +37,7 @@ from polopt.batch import Batch
 from polopt.errors import ConfigError
 from polopt.functional.groups import Groups
 from polopt.functional.masked import zero_outside
-from polopt.method import Advantage, Method, Shaping
+from polopt.method import Advantage, Draw, Method, Shaping
 from polopt.methods.classics.ppo import PPOClip
 from polopt.registry import register, register_recipe
 from polopt.settings import Settings
@@ -141,7 +141,7 @@ class ConditionedReward(Shaping):
                 raise ValueError(f"easy and hard are both column {self.easy}; name two rewards")
             return self
 
-    def forward(self, batch: Batch) -> Batch:
+    def forward(self, batch: Batch, draw: Draw) -> Batch:
         c = self.config
         if max(c.easy, c.hard) >= batch.rewards.shape[1]:
             raise ConfigError(f"shaping conditioned: columns {c.easy} and {c.hard} of {batch.rewards.shape[1]} rewards")
