@@ -150,6 +150,8 @@ class Evaluation:
     """The largest logits, as many as the option `kept`. No gradient."""
     kept_rows: Int[Tensor, "N T k"] | None = None
     """Which rows of the last layer the kept logits belong to."""
+    action_row: Int[Tensor, "N T"] | None = None
+    """Which row of the last layer belongs to the decision taken."""
 
     def tensors(self) -> dict[str, Tensor]:
         """The fields that are there, by name."""

@@ -43,6 +43,10 @@ class Part(nn.Module):
     """Signals it makes for the parts of other slots."""
     domains: ClassVar[frozenset[str] | None] = None
     """Domains it makes sense on; None: all."""
+    progress: float = 0.0
+    """Share of the run that is done, in [0, 1]; set before each iteration."""
+    learning_rate: float = 0.0
+    """The optimizer's present rate; set before each iteration."""
     reconstructed: ClassVar[str] = ""
     """What of it the published sources do not fix; shown by `polopt methods`."""
 
@@ -227,6 +231,13 @@ class Optimizer(Part):
         """Added to the root of the squared gradient's average."""
         weight_decay: float = Field(0.0, ge=0)
         """Decoupled weight decay per unit of learning rate."""
+
+    per_group_gradients: ClassVar[bool] = False
+    """It needs the gradient of each group apart, and says by `rate_share` what share of the learning rate to take."""
+
+    def rate_share(self, square_sum: Float[Tensor, ""], mean_square: Float[Tensor, ""], groups: int) -> float:
+        """Share of the learning rate, from sum |g_p|^2 and |mean g|^2 of the groups' gradients before clipping."""
+        return 1.0
 
     def build(self, parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
         """The optimizer of these parameters."""

@@ -123,6 +123,7 @@ class SumModActor:
         probs = logprobs.exp()
         logp = logprobs.gather(-1, tokens[..., None])[..., 0]
         found = {"logp": logp, "value": value, "entropy": -(probs * logprobs).sum(-1)}
+        found["action_row"] = tokens
         with torch.no_grad():
             found["score_sqnorm"] = 1 - 2 * logp.exp() + probs.square().sum(-1)
             if "tempered_logp" in requires:

@@ -162,6 +162,8 @@ class Trainer:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        for part in self.method.parts:
+            part.progress, part.learning_rate = self.iteration / max(1, self.config.iterations - 1), lr
         rollout = self._collect()
         metrics = dict(rollout.metrics) | diagnostics.describe_rollout(rollout.batch, self.task.reward_names)
         started = time.perf_counter()

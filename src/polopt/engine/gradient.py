@@ -30,8 +30,10 @@ DIFFERENTIABLE = ("logp", "entropy", "value")
 class Evaluator(Protocol):
     """What the engine needs of an actor."""
 
-    module: nn.Module
-    """Has the parameters."""
+    @property
+    def module(self) -> nn.Module:
+        """Has the parameters."""
+        ...
 
     def evaluate(self, batch: Batch, requires: frozenset[str], **options: Any) -> Evaluation:
         """The current policy's view of the batch's decisions, [N, T], with gradient where gradients are on."""

@@ -100,7 +100,7 @@ def full_state(
     model = _whole(module.state_dict(), keep)
     moments = {names[number]: _whole(values, keep) for number, values in packed["state"].items()}
     groups = [group | {"params": [names[i] for i in group["params"]]} for group in packed["param_groups"]]
-    return (model, {"state": moments, "param_groups": groups}) if keep else ({}, {})
+    return (model, packed | {"state": moments, "param_groups": groups}) if keep else ({}, {})
 
 
 def load_full_state(
@@ -118,7 +118,7 @@ def load_full_state(
     groups = [
         group | {"params": [number[name] for name in group["params"]]} for group in state["param_groups"]
     ]
-    optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    optimizer.load_state_dict(state | {"state": moments, "param_groups": groups})
 
 
 def _names(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:

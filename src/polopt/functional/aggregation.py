@@ -10,7 +10,8 @@ decisions of trajectory i, N the trajectories and P the groups that count:
     group_mean               w m / (L_i G_g P)            sequence_mean inside each group, then over groups
 
 A trajectory without decisions is left out of every count. With `denominator="selected"` decisions of weight 0 are left
-out of the counts too; with "all" selection shrinks the loss instead of re-normalising it.
+out of the counts too, and with them trajectories that have no others; with "selected_decisions" such trajectories still
+count in N; with "all" selection shrinks the loss instead of re-normalising it.
 """
 
 from typing import Literal, get_args
@@ -22,7 +23,7 @@ from torch import Tensor
 from polopt.functional.groups import Groups
 
 Aggregation = Literal["token_mean", "sequence_mean", "sequence_mean_token_sum", "constant", "group_mean"]
-Denominator = Literal["all", "selected"]
+Denominator = Literal["all", "selected", "selected_decisions"]
 
 
 def aggregation_weights(
@@ -46,10 +47,11 @@ def aggregation_weights(
     Raises:
         ValueError: unknown aggregation.
     """
-    counted = mask & (weights > 0) if denominator == "selected" else mask
+    counted = mask if denominator == "all" else mask & (weights > 0)
     share = torch.where(mask, weights, torch.zeros_like(weights))
     length = counted.sum(-1, keepdim=True).to(share.dtype)
-    rows = (length > 0).sum().clamp(min=1)
+    present = (counted if denominator == "selected" else mask).any(-1)
+    rows = present.sum().clamp(min=1)
     match aggregation:
         case "token_mean":
             return share / length.sum().clamp(min=1)
@@ -61,7 +63,7 @@ def aggregation_weights(
             return share / (rows * (constant or mask.shape[1]))
         case "group_mean":
             groups = Groups.of(group)
-            members = groups.sum((length[:, 0] > 0).to(share.dtype)).to(share.dtype)
+            members = groups.sum(present.to(share.dtype)).to(share.dtype)
             per_group = members.clamp(min=1) * (members > 0).sum().clamp(min=1)
             return share / (length.clamp(min=1) * groups.broadcast(per_group)[:, None])
     raise ValueError(f"aggregation: {aggregation!r} is not one of {', '.join(get_args(Aggregation))}")

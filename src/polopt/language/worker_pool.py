@@ -233,24 +233,24 @@ class WorkerPool:
         """Give a call to every idle worker; outcomes of calls that could not be sent."""
         unsent = []
         for worker in [worker for worker in self._workers if worker.ready and worker.call is None]:
-            if not waiting:
-                break
-            call = waiting.popleft()
-            worker.take(call, self.timeout)
-            try:
-                worker.connection.send(calls[call])
-            except OSError:
-                unsent += self._end(worker, Outcome("died", message=worker.last_words()))
-            except Exception as error:  # a keyword that cannot be sent to another process
-                unsent.append((call, Outcome("error", message=worker_process.describe(error))))
-                worker.rest()
+            while waiting and worker.call is None:
+                call = waiting.popleft()
+                worker.take(call, self.timeout)
+                try:
+                    worker.connection.send(calls[call])
+                except OSError:
+                    unsent += self._end(worker, Outcome("died", message=worker.last_words()))
+                except Exception as error:  # a keyword that cannot be sent to another process
+                    unsent.append((call, Outcome("error", message=worker_process.describe(error))))
+                    worker.rest()
         return unsent
 
     def _events(self) -> list[tuple[int | None, Outcome]]:
         """Wait for the next answers, deaths and deadlines; (call, outcome), with call None for a failed start."""
-        soonest = min((worker.deadline for worker in self._workers), default=0.0)
-        timeout = None if soonest == inf else max(0.0, soonest - time.monotonic())
-        answered = wait([worker.connection for worker in self._workers], timeout)
+        soonest = min((worker.deadline for worker in self._workers), default=inf)
+        if soonest == inf:  # all are idle
+            return []
+        answered = wait([worker.connection for worker in self._workers], max(0.0, soonest - time.monotonic()))
         events = []
         for worker in list(self._workers):
             if worker.connection in answered:

@@ -1,0 +1,282 @@
+"""Keys and values of completions that share their prompts: a prompt is stored once for all rows that continue it.
+
+The cache is the model's attention function (transformers' `AttentionInterface`), so every model that attends through that
+interface works as it is. The tokens of a forward pass are one packed sequence [1, S]: first all tokens of the prompts, then
+one token of each row, which attends to its prompt in one matrix product with the other rows of that prompt, and to its
+own earlier tokens.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from polopt.errors import ConfigError
+
+ATTENTION = "polopt_shared_prefix"
+SUFFIX_BLOCK = 32
+"""Tokens of a row that there is memory for at first; it doubles when it is full."""
+
+_active: ContextVar["PrefixCache"] = ContextVar("_active")
+
+
+class Rule(NamedTuple):
+    """How a layer attends: scores are `softcap(scaling q k)` for keys less than `window` tokens back."""
+
+    scaling: float
+    window: int | None
+    softcap: float | None
+
+
+@dataclass
+class Layer:
+    """What one layer has stored. Prompts are padded on the right to the longest."""
+
+    prefix_keys: Float[Tensor, "P h L d"]
+    prefix_values: Float[Tensor, "P h L e"]
+    keys: Float[Tensor, "R h T d"] | None = None
+    values: Float[Tensor, "R h T e"] | None = None
+
+    def append(
+        self, key: Float[Tensor, "R h d"], value: Float[Tensor, "R h e"], step: int
+    ) -> tuple[Float[Tensor, "Rh t d"], Float[Tensor, "Rh t e"]]:
+        """Store the rows' keys and values number `step`; those of all steps so far."""
+        if self.keys is None or self.values is None:
+            self.keys, self.values = (x.new_empty(*x.shape[:2], SUFFIX_BLOCK, x.shape[2]) for x in (key, value))
+        elif step == self.keys.shape[2]:
+            self.keys, self.values = (
+                torch.cat([x[: len(key)], torch.empty_like(x[: len(key)])], 2) for x in (self.keys, self.values)
+            )
+        self.keys[: len(key), :, step] = key
+        self.values[: len(key), :, step] = value
+        keys, values = (x[: len(key), :, : step + 1].flatten(0, 1) for x in (self.keys, self.values))
+        return keys, values
+
+    def move(self, source: Int[Tensor, " m"], target: Int[Tensor, " m"], steps: int) -> None:
+        """Overwrite the rows `target` with the rows `source`."""
+        for stored in (self.keys, self.values):
+            if stored is not None:
+                stored[target, :, :steps] = stored[source, :, :steps]
+
+
+class PrefixCache:
+    """The attention of the rows that continue some prompts.
+
+    First `read_prompts` before each forward pass over some of the prompts, then `begin_rows`, then for each token of the
+    rows one forward pass and `advance`.
+
+    Args:
+        lengths: tokens of each prompt, all positive.
+        device: where the model is.
+    """
+
+    def __init__(self, lengths: list[int], device: torch.device) -> None:
+        self.lengths = torch.tensor(lengths, device=device)
+        self.longest = max(lengths)
+        self.layers: dict[int, Layer] = {}
+        self.steps = 0
+        self._reading: slice | None = None
+
+    @contextmanager
+    def attention_of(self, model: nn.Module) -> Iterator[None]:
+        """Inside, the model attends with this cache."""
+        from transformers import AttentionInterface
+
+        AttentionInterface.register(ATTENTION, _attention)
+        found = (m.config for m in model.modules() if hasattr(m, "config"))
+        configs = list({id(c): c for c in found if hasattr(c, "_attn_implementation_internal")}.values())
+        before = [config._attn_implementation_internal for config in configs]
+        token = _active.set(self)
+        try:
+            for config in configs:
+                config._attn_implementation_internal = ATTENTION
+            yield
+        finally:
+            for config, implementation in zip(configs, before, strict=True):
+                config._attn_implementation_internal = implementation
+            _active.reset(token)
+
+    def read_prompts(self, prompts: slice) -> tuple[Int[Tensor, "1 S"], Int[Tensor, " p"]]:
+        """Expect all tokens of these prompts, one prompt after the other, in the next forward pass.
+
+        Returns:
+            The position of each token in its prompt, and where in the sequence each prompt has its last token.
+        """
+        lengths = self.lengths[prompts]
+        columns = torch.arange(int(lengths.max()), device=lengths.device)
+        self._reading, self._present = prompts, columns < lengths.unsqueeze(1)
+        return columns.expand_as(self._present)[self._present].unsqueeze(0), lengths.cumsum(0) - 1
+
+    def begin_rows(self, owner: Int[Tensor, " R"]) -> None:
+        """All prompts are read; expect one token of each row in the next forward passes, row i continuing prompt `owner[i]`.
+
+        The rows of a prompt are padded to those of the prompt with the most, so a prompt with more than the average is
+        stored more than once, its rows divided among the copies: then padding at most doubles the work.
+        """
+        count = len(self.lengths)
+        size = -(-len(owner) // count)
+        copies = -(-torch.bincount(owner, minlength=count) // size)
+        self._owner = (copies.cumsum(0) - copies)[owner] + _rank(owner, count) // size
+        self._select(torch.arange(count, device=owner.device).repeat_interleave(copies))
+        self._reading = None
+        self._arrange()
+
+    def advance(self) -> None:
+        """The forward pass over one token of each row is over."""
+        self.steps += 1
+        self._masks.clear()
+
+    def keep_rows(self, kept: Bool[Tensor, " R"]) -> Int[Tensor, " r"]:
+        """Drop the other rows.
+
+        Returns:
+            The former number of each row that is left: rows from the end fill the gaps, the others stay.
+        """
+        rows = torch.arange(len(kept), device=kept.device)
+        left = int(kept.sum())
+        gaps, movers = rows[:left][~kept[:left]], rows[left:][kept[left:]]
+        order = rows[:left].index_copy(0, gaps, movers)
+        for layer in self.layers.values():
+            layer.move(movers, gaps, self.steps)
+        self._owner = self._owner[order]
+        alive = torch.bincount(self._owner, minlength=len(self.lengths)) > 0
+        if 2 * int(alive.sum()) <= len(alive):
+            self._owner = (alive.cumsum(0) - 1)[self._owner]
+            self._select(alive.nonzero().squeeze(1))
+        self._arrange()
+        return order
+
+    def attend(
+        self,
+        layer: int,
+        query: Float[Tensor, "H S d"],
+        key: Float[Tensor, "h S d"],
+        value: Float[Tensor, "h S e"],
+        rule: Rule,
+    ) -> Float[Tensor, "S H e"]:
+        """Store the keys and values of one layer, and attend to all that each token may see."""
+        if self._reading is not None:
+            return self._attend_prompts(layer, self._reading, query, key, value, rule)
+        return self._attend_rows(self.layers[layer], query, key, value, rule)
+
+    def _attend_prompts(
+        self, number: int, prompts: slice, query: Tensor, key: Tensor, value: Tensor, rule: Rule
+    ) -> Float[Tensor, "S H e"]:
+        present = self._present
+        place = (present.flatten().cumsum(0) - 1).clamp(min=0)
+        query, key, value = (
+            x.index_select(1, place).unflatten(1, present.shape).transpose(0, 1) for x in (query, key, value)
+        )
+        if number not in self.layers:
+            shape = (len(self.lengths), key.shape[1], self.longest)
+            self.layers[number] = Layer(key.new_zeros(*shape, key.shape[3]), value.new_zeros(*shape, value.shape[3]))
+        self.layers[number].prefix_keys[prompts, :, : key.shape[2]] = key
+        self.layers[number].prefix_values[prompts, :, : key.shape[2]] = value
+        return _causal_attention(query, key, value, rule).transpose(1, 2)[present]
+
+    def _attend_rows(
+        self, layer: Layer, query: Tensor, key: Tensor, value: Tensor, rule: Rule
+    ) -> Float[Tensor, "R H e"]:
+        rows, heads, groups, length = query.shape[1], key.shape[0], query.shape[0] // key.shape[0], self.longest
+        keys, values = layer.append(key.transpose(0, 1), value.transpose(0, 1), self.steps)
+        query = (query.transpose(0, 1) * rule.scaling).reshape(rows * heads, groups, -1)
+        seats, places = self._seats[heads], self._places[heads]
+
+        def prefix_product(x: Float[Tensor, "Rh g x"], stored: Float[Tensor, "Ph x y"]) -> Float[Tensor, "Rh g y"]:
+            seated = x.index_select(0, seats).view(len(stored), -1, x.shape[-1])
+            product = torch.bmm(seated, stored)
+            return product.view(len(seats), groups, -1).index_select(0, places)
+
+        prefix = prefix_product(query, layer.prefix_keys.flatten(0, 1).transpose(1, 2))
+        scores = torch.cat([prefix, torch.bmm(query, keys.transpose(1, 2))], -1)
+        if rule.softcap is not None:
+            scores = rule.softcap * torch.tanh(scores / rule.softcap)
+        hidden = self._hidden(rule.window)
+        if hidden is not None:
+            scores.view(rows, heads * groups, -1).masked_fill_(hidden, -torch.inf)
+        weights = scores.softmax(-1)
+        output = prefix_product(weights[..., :length], layer.prefix_values.flatten(0, 1))
+        output += torch.bmm(weights[..., length:], values)
+        return output.view(rows, heads * groups, -1)
+
+    def _select(self, prompts: Int[Tensor, " p"]) -> None:
+        if len(prompts) == len(self.lengths):
+            return
+        self.lengths = self.lengths[prompts]
+        for layer in self.layers.values():
+            layer.prefix_keys, layer.prefix_values = layer.prefix_keys[prompts], layer.prefix_values[prompts]
+
+    def _arrange(self) -> None:
+        """Where each row sits among the rows of its prompt, for each number of heads there is."""
+        rows, prompts = len(self._owner), len(self.lengths)
+        rank = _rank(self._owner, prompts)
+        size = int(rank.max()) + 1
+        self._places, self._seats, self._masks = {}, {}, {}
+        for heads in {layer.prefix_keys.shape[1] for layer in self.layers.values()}:
+            head = torch.arange(heads, device=rank.device)
+            places = ((self._owner.unsqueeze(1) * heads + head) * size + rank.unsqueeze(1)).flatten()
+            seats = torch.zeros(prompts * heads * size, dtype=torch.int64, device=rank.device)
+            seats[places] = torch.arange(rows * heads, device=rank.device)
+            self._places[heads], self._seats[heads] = places, seats
+
+    def _hidden(self, window: int | None) -> Bool[Tensor, "R 1 t"] | None:
+        """Keys that a row must not see: the padding of its prompt and what lies before the window. None: it sees all."""
+        if window not in self._masks:
+            lengths = self.lengths[self._owner].unsqueeze(1)
+            columns = torch.arange(self.longest, device=lengths.device).expand(len(lengths), -1)
+            steps = torch.arange(self.steps + 1, device=lengths.device)
+            hidden = torch.cat([columns >= lengths, torch.zeros_like(steps + lengths, dtype=torch.bool)], 1)
+            if window is not None:
+                hidden |= torch.cat([columns, steps + lengths], 1) <= lengths + self.steps - window
+            self._masks[window] = hidden.unsqueeze(1) if bool(hidden.any()) else None
+        return self._masks[window]
+
+
+def _rank(owner: Int[Tensor, " R"], prompts: int) -> Int[Tensor, " R"]:
+    """How many earlier rows have the same owner."""
+    order = owner.argsort(stable=True)
+    counts = torch.bincount(owner, minlength=prompts)
+    first = (counts.cumsum(0) - counts)[owner[order]]
+    return torch.empty_like(owner).index_copy_(0, order, torch.arange(len(owner), device=owner.device) - first)
+
+
+def _causal_attention(query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Float[Tensor, "p H L e"]:
+    length, groups = query.shape[2], query.shape[1] // key.shape[1]
+    offset = torch.arange(length, device=query.device)
+    offset = offset.unsqueeze(1) - offset
+    seen = (offset >= 0) if rule.window is None else (offset >= 0) & (offset < rule.window)
+    if rule.softcap is None:
+        causal = rule.window is None or length <= rule.window
+        return nn.functional.scaled_dot_product_attention(
+            query, key, value, None if causal else seen, is_causal=causal, scale=rule.scaling, enable_gqa=groups > 1
+        )
+    scores = torch.matmul(query.unflatten(1, (-1, groups)) * rule.scaling, key.unsqueeze(2).transpose(-1, -2))
+    scores = rule.softcap * torch.tanh(scores / rule.softcap)
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    return torch.matmul(weights, value.unsqueeze(2)).flatten(1, 2)
+
+
+def _attention(
+    module: nn.Module,
+    query: Float[Tensor, "1 H S d"],
+    key: Float[Tensor, "1 h S d"],
+    value: Float[Tensor, "1 h S e"],
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **options: Any,
+) -> tuple[Float[Tensor, "1 S H e"], None]:
+    """The signature that transformers calls."""
+    given = [name for name in ("position_bias", "s_aux") if options.get(name) is not None]
+    if given or options.get("is_causal", getattr(module, "is_causal", True)) is False:
+        what = f"the attention option {given[0]!r}" if given else "attention that is not causal"
+        raise ConfigError(f"model: {type(module).__name__} has {what}, which the sampler cannot share prompts with")
+    rule = Rule(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
+    number: Any = module.layer_idx
+    return _active.get().attend(number, query[0], key[0], value[0], rule).unsqueeze(0), None
