@@ -86,14 +86,26 @@ class Sampler(Part):
         super().__init__(**options)
         self.register_buffer("drawn", torch.zeros((), dtype=torch.int64))
 
-    def forward(self, pool_size: int, count: int, seed_of_epoch: Callable[[int], torch.Generator]) -> Int[Tensor, " P"]:
+    def forward(
+        self, pool_size: int, count: int, of_epoch: Callable[[int], torch.Generator], draw: Draw
+    ) -> Int[Tensor, " P"]:
         """The next `count` prompt ids of a pool of `pool_size`, and remembers having given them."""
         start = int(self.drawn)
         self.drawn += count
         epochs = range(start // pool_size, (start + count - 1) // pool_size + 1)
-        order = torch.cat([torch.randperm(pool_size, generator=seed_of_epoch(epoch)) for epoch in epochs])
+        order = torch.cat([torch.randperm(pool_size, generator=of_epoch(epoch)) for epoch in epochs])
         first = start % pool_size
         return order[first : first + count]
+
+    def to_score(self, pool_size: int) -> tuple[Int[Tensor, " P"], int] | None:
+        """Prompts whose rollouts it wants to see before it draws, and how many of each; None: none now.
+
+        These rollouts are not trained on.
+        """
+        return None
+
+    def take_scores(self, batch: Batch) -> None:
+        """The rollouts that `to_score` asked for."""
 
     def accepts(self, batch: Batch) -> Bool[Tensor, " N"]:
         """Which trajectories are kept for training; prompts are drawn again for what is missing, up to `max_rounds`."""

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Int
-from pydantic import Field
 from torch import Tensor
 
 from polopt.batch import EVALUATED, Batch, Evaluation, concatenate
@@ -26,61 +25,15 @@ from polopt.domain import Actor, Plan, Rollout, Task
 from polopt.engine import diagnostics
 from polopt.engine.diagnostics import Metrics
 from polopt.engine.gradient import Backward, backward, evaluate_rows
+from polopt.engine.group_gradients import backward_by_group
 from polopt.engine.minibatches import minibatches
-from polopt.engine.optimization import FiniteGuard, Schedule, learning_rate
+from polopt.engine.optimization import FiniteGuard, learning_rate
 from polopt.engine.ranks import Ranks
 from polopt.engine.record import Record, Reporter
 from polopt.engine.seeding import generator
 from polopt.errors import ConfigError
 from polopt.method import Method
-from polopt.settings import Settings
-
-
-class TrainerConfig(Settings):
-    """How long, how much and how far. Fields that a method's paper fixes are the defaults of its recipe."""
-
-    iterations: int = Field(100, ge=0)
-    """Rollouts followed by updates."""
-    prompts: int = Field(16, ge=1)
-    """Prompts or start states of an iteration."""
-    rollouts: int = Field(8, ge=1)
-    """Rollouts of each prompt on average; the budget slot shares out `prompts * rollouts`."""
-    epochs: int = Field(1, ge=1)
-    """Passes over an iteration's data."""
-    replay: int = Field(1, ge=1)
-    """Iterations whose data an update draws from, each against its own behaviour policy; 1: the present one's only."""
-    minibatches: int = Field(1, ge=1)
-    """Optimizer steps of a pass."""
-    lr: float = Field(1e-5, gt=0)
-    """Learning rate at its peak."""
-    lr_schedule: Schedule = "constant"
-    """Course of the learning rate after the warm-up."""
-    warmup: int = Field(0, ge=0)
-    """Iterations of linear warm-up of the learning rate."""
-    max_grad_norm: float = Field(1.0, gt=0)
-    """Gradients are scaled down to this norm."""
-    seed: int = Field(0, ge=0)
-    """Seed of every draw of the run."""
-    score_every: int = Field(0, ge=0)
-    """Iterations between held-out scores; 0: before and after the run only."""
-    score_prompts: int = Field(128, ge=1)
-    """Held-out prompts or start states of a score."""
-    score_rollouts: int = Field(1, ge=1)
-    """Rollouts of each held-out prompt."""
-    checkpoint_every: int = Field(10, ge=1)
-    """Iterations between checkpoints; one is always written at the end and on an interrupt."""
-    keep: int = Field(2, ge=1)
-    """Checkpoints that are kept."""
-    patience: int = Field(5, ge=0)
-    """Updates in a row that may be skipped because they were not finite."""
-    sampler_cap: float = Field(2.0, gt=0)
-    """Cap of the importance weight trainer / sampler, where a sampler's numerics differ from the trainer's."""
-    skip_silent: bool = True
-    """Do not evaluate trajectories that can add no gradient."""
-    ranks: int | None = Field(None, ge=1)
-    """Number of processes the run must have; refused if it has another."""
-    sharding: str = "none"
-    """"none": every rank holds all parameters; "fsdp2": they are sharded."""
+from polopt.trainer_config import TrainerConfig
 
 
 class Trainer:
@@ -111,9 +64,7 @@ class Trainer:
         reporters: Sequence[Reporter] = (),
         ranks: Ranks | None = None,
     ) -> None:
-        config = config or TrainerConfig()
-        unset = {k: v for k, v in method.defaults.items() if k not in config.model_fields_set}
-        self.config = TrainerConfig.create("trainer", **(config.model_dump(exclude_unset=True) | unset))
+        self.config = (config or TrainerConfig()).with_defaults(method.defaults)
         self.actor, self.task, self.method = actor, task, method
         self.ranks = ranks or Ranks.start(self.config.sharding, self.config.ranks)
         self._check()
@@ -213,13 +164,18 @@ class Trainer:
     def _collect(self) -> Rollout:
         """Rollouts until the sampler has accepted as many trajectories as were asked for, or its rounds are used up."""
         wanted, kept, metrics, samples = self.config.prompts * self.config.rollouts, [], [], []
+        if asked := self.method.sampler.to_score(self.task.train_size):
+            plan = Plan(asked[0], torch.full((len(asked[0]),), asked[1]))
+            scored = self._rollout(plan, self._draw("scoring"))
+            self.method.sampler.take_scores(scored.batch)
+            metrics.append(dict(scored.metrics))
         for number in range(self.method.sampler.max_rounds):
             missing = wanted - sum(len(b) for b in kept)
             prompts = min(self.config.prompts, -(-missing // self.config.rollouts))
             if prompts <= 0:
                 break
             epoch = partial(generator, self.config.seed, "epoch")
-            prompt_ids = self.method.sampler(self.task.train_size, prompts, epoch)
+            prompt_ids = self.method.sampler(self.task.train_size, prompts, epoch, self._draw)
             counts = self.method.budget(prompt_ids, prompts * self.config.rollouts, self._draw)
             rollout = self._rollout(Plan(prompt_ids, counts), self._draw(f"rollout {number}" if number else "rollout"))
             metrics.append(dict(rollout.metrics))
@@ -283,7 +239,7 @@ class Trainer:
         if not len(rows):
             return {}
         self.optimizer.zero_grad(set_to_none=True)
-        found = self._backward(batch, rows, fresh)
+        found = self._gradient(batch, rows, fresh)
         norm = self.ranks.clip_gradients(self.parameters, self.config.max_grad_norm)
         evaluated = batch[rows] if not self.anchors else self._anchored(found.evaluation, batch[rows])
         if self.guard.accepts(found.loss, norm):
@@ -292,6 +248,18 @@ class Trainer:
                 part.after_step(found.evaluation, evaluated)
         metrics = diagnostics.describe_update(found.evaluation, evaluated, self.method.surrogate)
         return {"loss": float(found.loss), "grad_norm": float(norm), "rows/evaluated": float(len(rows))} | metrics
+
+    def _gradient(self, batch: Batch, rows: Int[Tensor, " n"], fresh: bool) -> Backward:
+        """Gradients into the parameters, and the optimizer's share of the learning rate if it sets one."""
+        optimizer = self.method.optimizer
+        if not optimizer.per_group_gradients:
+            return self._backward(batch, rows, fresh)
+        each = partial(self._backward, batch, fresh=fresh)
+        found, agreement = backward_by_group(each, self.parameters, rows, batch.group[rows])
+        share = optimizer.rate_share(agreement.square_sum, agreement.mean_square, agreement.groups)
+        for group in self.optimizer.param_groups:
+            group["lr"] = share * self.method.surrogate.learning_rate
+        return found
 
     def _backward(self, batch: Batch, rows: Int[Tensor, " n"], fresh: bool) -> Backward:
         def objective(evaluation: Evaluation, batch: Batch) -> Tensor:
@@ -338,6 +306,8 @@ class Trainer:
                 raise ConfigError(f"{part.slot} {part.name}: works on {domains}, not on {self.actor.domain}")
             for name in sorted(part.requires - self.method.provides - available):
                 raise ConfigError(f"{part.slot} {part.name}: needs {name!r}, which this {self.actor.domain} run lacks")
+        if self.method.optimizer.per_group_gradients and not self.method.separable:
+            raise ConfigError(f"optimizer {self.method.optimizer.name}: needs a loss that is a sum over trajectories")
         if self.config.minibatches > self.config.prompts * self.config.rollouts:
             raise ConfigError(f"trainer.minibatches = {self.config.minibatches}: more than the rollouts of an iteration")
 

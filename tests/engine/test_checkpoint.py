@@ -225,7 +225,6 @@ SECRET = {"bytes": 6, "sha256": "2bb80d537b1da3e38bd30361aa855686bde0eacd7162fef
         {"files": {}},
         {"files": []},
         {"files": None},
-        {"files": {"state.json": None}},
         {"files": {"state.json": SECRET, "../secret": SECRET}},
         {"files": {"state.json": SECRET, "/etc/passwd": SECRET}},
         {"files": {"state.json": SECRET, "../secret.safetensors": SECRET}},
@@ -240,7 +239,16 @@ def test_a_manifest_that_polopt_would_not_write_is_refused(tmp_path: Path, chang
     (tmp_path / "secret").write_text("secret")
     (tmp_path / "secret.safetensors").write_text("secret")
     resign(path, **changes)
-    with pytest.raises(CheckpointError, match=r"manifest\.json|state\.json"):
+    with pytest.raises(CheckpointError, match=r"manifest\.json: not written by polopt|of iteration None"):
+        load(path)
+
+
+@pytest.mark.parametrize("entry", [None, {}, {"bytes": 6}, SECRET | {"more": 1}], ids=str)
+def test_an_entry_that_polopt_would_not_write_is_refused(tmp_path: Path, entry: Any) -> None:
+    (path,) = saved(tmp_path, 1)
+    (path / "state.json").write_text("secret")
+    resign(path, files={"state.json": entry})
+    with pytest.raises(CheckpointError, match=r"state\.json: damaged"):
         load(path)
 
 
@@ -382,22 +390,24 @@ def calls_of(disk: Disk, folder: Path, situation: str) -> list[tuple[str, Any]]:
 def test_a_save_that_is_killed_anywhere_leaves_the_old_or_the_new(
     disk: Disk, tmp_path: Path, situation: str
 ) -> None:
-    total = len(calls_of(disk, tmp_path / "whole", situation))
-    assert total >= 18
-    outcomes = set()
-    for at in range(1, total + 1):
+    calls = calls_of(disk, tmp_path / "whole", situation)
+    published = max(
+        at for at, (name, what) in enumerate(calls, 1) if name == "rename" and is_temporary(what[0])
+    )
+    assert len(calls) >= 18 and 1 < published < len(calls)
+    for at in range(1, len(calls) + 1):
         folder = tmp_path / str(at)
         run, intact = prepared(disk, folder, situation)
         disk.arm(at)
         with pytest.raises(Crash):
             run()
         disk.arm()
-        outcomes.add(outcome(folder, intact, SITUATIONS[situation][2]))
+        old = "old" if intact else "none"
+        assert outcome(folder, intact, situation) == (old if at <= published else "new")
         path = run()
         assert load_newest(folder, "run").state["method"]["mark"] == "new"
         assert not list(folder.glob(".*"))
         assert checkpoints(folder)[-1] == path and len(checkpoints(folder)) <= SITUATIONS[situation][3]
-    assert outcomes == {"old" if SITUATIONS[situation][0] else "none", "new"}
 
 
 def test_saves_that_are_killed_twice_leave_the_old_or_the_new(disk: Disk, tmp_path: Path) -> None:
@@ -410,11 +420,18 @@ def test_saves_that_are_killed_twice_leave_the_old_or_the_new(disk: Disk, tmp_pa
             with pytest.raises(Crash):
                 run()
         disk.arm()
-        outcome(folder, intact, 5)
+        outcome(folder, intact, "again")
 
 
-def outcome(folder: Path, intact: list[int], now: int) -> str:
-    """Which checkpoint a crash has left, checked against what it must be."""
+def is_temporary(path: Path) -> bool:
+    return path.name.startswith(".")
+
+
+def outcome(folder: Path, intact: list[int], situation: str) -> str:
+    """Which checkpoint a crash has left as the newest, checked against what it must be; none may be half of one."""
+    _, damaged, now, _ = SITUATIONS[situation]
+    for path in checkpoints(folder):
+        assert (path / "manifest.json").exists() and (damaged or load(path))
     if not intact and not checkpoints(folder):
         return "none"
     state = load_newest(folder, "run").state

@@ -101,7 +101,7 @@ def test_tied_strided_expanded_and_lazy_tensors_come_back() -> None:
             "step": base[:, ::2],
             "wide": base[:1].expand(5, 4),
         },
-        "lazy": [lazy, lazy.imag],
+        "lazy": [lazy, lazy.imag, lazy[:1].imag],
         "parameter": parameter,
     }
     loaded = round_trip(state)
@@ -178,6 +178,9 @@ def test_outermost_keys_must_be_names_of_files(key: Any) -> None:
 
 def test_files_are_safetensors_and_safetensors_are_read() -> None:
     library = pytest.importorskip("safetensors.torch")
+    assert list(library.load(bytes(written({"x": {"__metadata__": torch.ones(1)}})["x.safetensors"]))) == [
+        "__metadata___"
+    ]
     state = {"x": {f"{i} {dtype}": torch.ones(i, 2).to(dtype) for i in range(3) for dtype in DTYPES}}
     files = written(state)
     assert same(
@@ -196,6 +199,14 @@ def test_tensors_are_written_from_where_they_are_and_read_into_aligned_memory() 
     assert all(tensor.data_ptr() % 64 == 0 for tensor in loaded.values())
     ends = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in loaded.values())
     assert all(end <= begin for (_, end), (begin, _) in pairwise(ends))
+
+
+def test_tensors_are_aligned_in_their_file() -> None:
+    file = written({"x": {str(dtype): torch.ones(3).to(dtype) for dtype in DTYPES}})["x.safetensors"]
+    length = int.from_bytes(file[:8], "little")
+    for name, entry in json.loads(file[8 : 8 + length]).items():
+        size = torch.empty((), dtype=getattr(torch, name.removeprefix("torch."))).element_size()
+        assert (8 + length + entry["data_offsets"][0]) % size == 0
 
 
 def header(value: Any, data: bytes = b"") -> bytearray:

@@ -21,8 +21,8 @@ from polopt.language.verifiers import Verifier, make_graders
 from polopt.language.worker_process import FunctionSource
 
 
-def example(answer: str, **metadata: object) -> Example:
-    return Example(0, "question", answer, metadata)
+def example(answer: str) -> Example:
+    return Example(0, "question", answer)
 
 
 def verify(spec: str, extract: str, pairs: list[tuple[str, str]], **options: float) -> list[float]:
@@ -229,7 +229,8 @@ def test_the_users_function_gets_what_it_names(tmp_path: Path) -> None:
         "def brevity(completion, answer, prompt, level=0): return 10 * level + len(completion) - len(answer + prompt)\n"
         "def never(): return None\n"
     )
-    examples = [example("ab", level=1, answer="shadowed", prompt="shadowed"), example("ab")]
+    metadata = {"level": 1, "answer": "shadowed", "prompt": "shadowed", "completion": "shadowed"}
+    examples = [Example(0, "question", "ab", metadata), example("ab")]
     graders = make_graders(f"python:{path}:brevity, python:{path}:never, exact", workers=1)
     with Verifier(graders, "last_number") as verifier:
         scores = verifier.score(["x" * 20, "x" * 20], examples)

@@ -143,7 +143,7 @@ def _serialize(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
     yield len(text).to_bytes(8, "little") + text
     for _, tensor in ordered:
         plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-        yield plain.view(-1).view(torch.uint8).numpy().data
+        yield plain.as_strided((plain.numel(),), (1,)).view(torch.uint8).numpy().data
 
 
 def _deserialize(content: bytearray) -> dict[str, Tensor]:

@@ -42,7 +42,7 @@ def aggregation_weights(
         group: group ids, for `group_mean`.
         aggregation: one of the modes above.
         denominator: what the counts are taken over.
-        constant: C in decisions, for `constant`; T if None.
+        constant: C in decisions, for `constant`; the longest trajectory's if None.
 
     Raises:
         ValueError: unknown aggregation.
@@ -60,10 +60,14 @@ def aggregation_weights(
         case "sequence_mean_token_sum":
             return share / rows
         case "constant":
-            return share / (rows * (constant or mask.shape[1]))
+            return share / (rows * (constant or _longest(mask)))
         case "group_mean":
             groups = Groups.of(group)
             members = groups.sum(present.to(share.dtype)).to(share.dtype)
             per_group = members.clamp(min=1) * (members > 0).sum().clamp(min=1)
             return share / (length.clamp(min=1) * groups.broadcast(per_group)[:, None])
     raise ValueError(f"aggregation: {aggregation!r} is not one of {', '.join(get_args(Aggregation))}")
+
+
+def _longest(mask: Bool[Tensor, "N T"]) -> int:
+    return max(1, int(mask.sum(-1).max())) if mask.numel() else 1

@@ -53,10 +53,14 @@ class Groups:
         squares = self.sum(self.centre(values).square())
         return (squares / self._column((self.size - int(unbiased)).clamp(min=1), squares)).sqrt()
 
+    def leave_one_out(self, values: Float[Tensor, "N *k"]) -> Float[Tensor, "N *k"]:
+        """Deviation of each value from the mean of its group's others, float64; exactly 0 in a constant group or one of 1."""
+        size = self._column(self.size, values)[self.index]
+        return self.centre(values) * size / (size - 1).clamp(min=1)
+
     def leave_one_out_mean(self, values: Float[Tensor, "N *k"]) -> Float[Tensor, "N *k"]:
         """Mean of the other members of the group, float64; the value itself in a group of one."""
-        size = self._column(self.size, values)[self.index]
-        return values.double() - self.centre(values) * size / (size - 1).clamp(min=1)
+        return values.double() - self.leave_one_out(values)
 
     def broadcast(self, per_group: Tensor) -> Tensor:
         """A quantity of each group [P, ...], given to its members [N, ...]."""

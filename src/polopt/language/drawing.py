@@ -131,13 +131,17 @@ def _greedy(logits: Float[Tensor, "N V"]) -> Draw:
     largest, block = blocks.amax(-1).max(-1, keepdim=True)
     _check(largest)
     tokens = (block * BLOCK).squeeze(-1) + _take_block(blocks, block).argmax(-1)
-    certain = torch.zeros(len(logits), dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
+    certain = torch.zeros(
+        len(logits), dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device
+    )
     return Draw(tokens, certain, certain, certain)
 
 
 def _check(numbers: Float[Tensor, "..."]) -> None:
     if not bool(numbers.isfinite().all()):
-        raise PoloptError("logits: NaN or infinite; the weights of the model have diverged, restart from a checkpoint")
+        raise PoloptError(
+            "logits: NaN or infinite; the weights of the model have diverged, restart from a checkpoint"
+        )
 
 
 def truncate(weights: Float[Tensor, "N V"], top_k: int, top_p: float) -> Float[Tensor, " N"]:

@@ -57,7 +57,7 @@ class GeneratedExamples:
 
     Args:
         where: what the generator is called in messages.
-        generate: the example of an index below `train_size + reserve(heldout_size, shots)`, always the same.
+        generate: the example of an index in `range(indices_needed(...))`, always the same.
         key: what makes two examples the same question.
         train_size: number of training prompts.
         heldout_size: number of held-out prompts, all different.
@@ -79,11 +79,11 @@ class GeneratedExamples:
     ) -> None:
         self.train_size, self.heldout_size = train_size, heldout_size
         self._where, self._generate, self._key = where, generate, key
-        self._reserve = reserve(heldout_size, shots)
+        self._searched = _searched(heldout_size, shots)
         picked = dict(islice(self._different(), heldout_size + shots))
         if len(picked) < heldout_size + shots:
             raise ConfigError(
-                f"{where}: found {len(picked)} different questions in {self._reserve} draws, too few for "
+                f"{where}: found {len(picked)} different questions in {self._searched} draws, too few for "
                 f"heldout_size = {heldout_size} and {shots} shots; lower heldout_size or vary the questions more"
             )
         self._taken = frozenset(picked)
@@ -100,8 +100,8 @@ class GeneratedExamples:
         """
         if not 0 <= prompt_id < self.train_size:
             raise IndexError(f"{self._where}: no training prompt {prompt_id} of {self.train_size}")
-        for step in range(min(_MAX_REDRAWS, self.train_size)):
-            example = self._generate(self._reserve + (prompt_id + step) % self.train_size)
+        for redraw in range(_MAX_REDRAWS):
+            example = self._generate(self._searched + prompt_id + redraw)
             if self._key(example) not in self._taken:
                 return replace(example, prompt_id=prompt_id)
         raise ConfigError(
@@ -114,14 +114,19 @@ class GeneratedExamples:
 
     def _different(self) -> Iterator[tuple[Hashable, Example]]:
         seen: set[Hashable] = set()
-        for example in map(self._generate, range(self._reserve)):
+        for example in map(self._generate, range(self._searched)):
             if (key := self._key(example)) not in seen:
                 seen.add(key)
                 yield key, example
 
 
-def reserve(heldout_size: int, shots: int) -> int:
-    """How many indices `GeneratedExamples` may search for its held-out questions and demonstrations."""
+def indices_needed(train_size: int, heldout_size: int, shots: int) -> int:
+    """How many indices `GeneratedExamples` may ask its generator for."""
+    return _searched(heldout_size, shots) + train_size + _MAX_REDRAWS
+
+
+def _searched(heldout_size: int, shots: int) -> int:
+    """How many indices are searched for held-out questions and demonstrations."""
     return _DRAWS_PER_QUESTION * (heldout_size + shots + _DRAWS_PER_QUESTION)
 
 

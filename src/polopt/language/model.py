@@ -176,16 +176,30 @@ def _convert(gguf: Path, directory: Path) -> None:
 
 
 def _existing(spec: str) -> str | Path:
-    """A directory with a model, or the id of what may be on the hub."""
+    """A directory with a model, or the id of one that is on the hub or in its local cache."""
     path = Path(spec).expanduser()
-    if path.is_dir():
+    if spec and path.is_dir():
         if not (path / "config.json").is_file():
             raise ConfigError(f"model = {spec!r}: the directory has no model in it (no config.json)")
         return path
-    looks_like_path = spec.startswith(("/", "~", ".")) or spec.count("/") > 1 or path.exists()
-    if looks_like_path or not spec:
+    if not spec or path.exists() or spec.startswith(("/", "~", ".")) or spec.count("/") > 1:
         raise ConfigError(f"model = {spec!r}: there is no such directory; {_choices(spec)}")
+    _reach(spec)
     return spec
+
+
+def _reach(spec: str) -> None:
+    """Raise ConfigError if the hub does not have a model, without the many attempts that a download makes."""
+    from huggingface_hub import model_info, try_to_load_from_cache
+
+    try:
+        if not isinstance(try_to_load_from_cache(spec, "config.json"), str):
+            model_info(spec, timeout=10)
+    except Exception as error:
+        reason = _first_line(error).rstrip(".")
+        raise ConfigError(
+            f"model = {spec!r}: neither a directory nor to be had from the hub ({reason}); {_choices(spec)}"
+        ) from error
 
 
 def _load_pretrained(spec: str, source: str | Path, dtype: torch.dtype) -> tuple[nn.Module, Any]:
@@ -198,14 +212,14 @@ def _load_pretrained(spec: str, source: str | Path, dtype: torch.dtype) -> tuple
                 source, dtype=dtype, trust_remote_code=False, use_safetensors=True
             )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        if isinstance(source, str) and isinstance(error, OSError):
-            raise ConfigError(
-                f"model = {spec!r}: neither a directory nor in the local cache, and the hub did not give it; "
-                + _choices(spec)
-            ) from error
-        reason = str(error).strip().split("\n")[0]
-        raise ConfigError(f"model = {spec!r}: cannot be loaded as a causal language model: {reason}") from error
+        raise ConfigError(
+            f"model = {spec!r}: cannot be loaded as a causal language model: {_first_line(error)}"
+        ) from error
     return model, tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n")[0]
 
 
 def _choices(spec: str) -> str:
@@ -240,7 +254,7 @@ def _adapt(model: nn.Module, lora: Lora, seed: int) -> nn.Module:
         try:
             return get_peft_model(model, config)
         except ValueError as error:
-            raise ConfigError(f"lora.targets = {lora.targets!r}: {str(error).splitlines()[0]}") from error
+            raise ConfigError(f"lora.targets = {lora.targets!r}: {_first_line(error)}") from error
 
 
 def _placed_like(tensor: Tensor, parameter: Tensor) -> Tensor:

@@ -47,10 +47,13 @@ class Layer:
     ) -> tuple[Float[Tensor, "Rh t d"], Float[Tensor, "Rh t e"]]:
         """Store the rows' keys and values number `step`; those of all steps so far."""
         if self.keys is None or self.values is None:
-            self.keys, self.values = (x.new_empty(*x.shape[:2], SUFFIX_BLOCK, x.shape[2]) for x in (key, value))
+            self.keys, self.values = (
+                x.new_empty(*x.shape[:2], SUFFIX_BLOCK, x.shape[2]) for x in (key, value)
+            )
         elif step == self.keys.shape[2]:
             self.keys, self.values = (
-                torch.cat([x[: len(key)], torch.empty_like(x[: len(key)])], 2) for x in (self.keys, self.values)
+                torch.cat([x[: len(key)], torch.empty_like(x[: len(key)])], 2)
+                for x in (self.keys, self.values)
             )
         self.keys[: len(key), :, step] = key
         self.values[: len(key), :, step] = value
@@ -101,7 +104,7 @@ class PrefixCache:
                 config._attn_implementation_internal = implementation
             _active.reset(token)
 
-    def read_prompts(self, prompts: slice) -> tuple[Int[Tensor, "1 S"], Int[Tensor, " p"]]:
+    def read_prompts(self, prompts: slice) -> tuple[Int[Tensor, " S"], Int[Tensor, " p"]]:
         """Expect all tokens of these prompts, one prompt after the other, in the next forward pass.
 
         Returns:
@@ -110,7 +113,7 @@ class PrefixCache:
         lengths = self.lengths[prompts]
         columns = torch.arange(int(lengths.max()), device=lengths.device)
         self._reading, self._present = prompts, columns < lengths.unsqueeze(1)
-        return columns.expand_as(self._present)[self._present].unsqueeze(0), lengths.cumsum(0) - 1
+        return columns.expand_as(self._present)[self._present], lengths.cumsum(0) - 1
 
     def begin_rows(self, owner: Int[Tensor, " R"]) -> None:
         """All prompts are read; expect one token of each row in the next forward passes, row i continuing prompt `owner[i]`.
@@ -174,7 +177,9 @@ class PrefixCache:
         )
         if number not in self.layers:
             shape = (len(self.lengths), key.shape[1], self.longest)
-            self.layers[number] = Layer(key.new_zeros(*shape, key.shape[3]), value.new_zeros(*shape, value.shape[3]))
+            self.layers[number] = Layer(
+                key.new_zeros(*shape, key.shape[3]), value.new_zeros(*shape, value.shape[3])
+            )
         self.layers[number].prefix_keys[prompts, :, : key.shape[2]] = key
         self.layers[number].prefix_values[prompts, :, : key.shape[2]] = value
         return _causal_attention(query, key, value, rule).transpose(1, 2)[present]
@@ -182,12 +187,19 @@ class PrefixCache:
     def _attend_rows(
         self, layer: Layer, query: Tensor, key: Tensor, value: Tensor, rule: Rule
     ) -> Float[Tensor, "R H e"]:
-        rows, heads, groups, length = query.shape[1], key.shape[0], query.shape[0] // key.shape[0], self.longest
+        rows, heads, groups, length = (
+            query.shape[1],
+            key.shape[0],
+            query.shape[0] // key.shape[0],
+            self.longest,
+        )
         keys, values = layer.append(key.transpose(0, 1), value.transpose(0, 1), self.steps)
         query = (query.transpose(0, 1) * rule.scaling).reshape(rows * heads, groups, -1)
         seats, places = self._seats[heads], self._places[heads]
 
-        def prefix_product(x: Float[Tensor, "Rh g x"], stored: Float[Tensor, "Ph x y"]) -> Float[Tensor, "Rh g y"]:
+        def prefix_product(
+            x: Float[Tensor, "Rh g x"], stored: Float[Tensor, "Ph x y"]
+        ) -> Float[Tensor, "Rh g y"]:
             seated = x.index_select(0, seats).view(len(stored), -1, x.shape[-1])
             product = torch.bmm(seated, stored)
             return product.view(len(seats), groups, -1).index_select(0, places)
@@ -242,7 +254,9 @@ def _rank(owner: Int[Tensor, " R"], prompts: int) -> Int[Tensor, " R"]:
     order = owner.argsort(stable=True)
     counts = torch.bincount(owner, minlength=prompts)
     first = (counts.cumsum(0) - counts)[owner[order]]
-    return torch.empty_like(owner).index_copy_(0, order, torch.arange(len(owner), device=owner.device) - first)
+    return torch.empty_like(owner).index_copy_(
+        0, order, torch.arange(len(owner), device=owner.device) - first
+    )
 
 
 def _causal_attention(query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Float[Tensor, "p H L e"]:
@@ -253,7 +267,13 @@ def _causal_attention(query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> 
     if rule.softcap is None:
         causal = rule.window is None or length <= rule.window
         return nn.functional.scaled_dot_product_attention(
-            query, key, value, None if causal else seen, is_causal=causal, scale=rule.scaling, enable_gqa=groups > 1
+            query,
+            key,
+            value,
+            None if causal else seen,
+            is_causal=causal,
+            scale=rule.scaling,
+            enable_gqa=groups > 1,
         )
     scores = torch.matmul(query.unflatten(1, (-1, groups)) * rule.scaling, key.unsqueeze(2).transpose(-1, -2))
     scores = rule.softcap * torch.tanh(scores / rule.softcap)
@@ -276,7 +296,14 @@ def _attention(
     given = [name for name in ("position_bias", "s_aux") if options.get(name) is not None]
     if given or options.get("is_causal", getattr(module, "is_causal", True)) is False:
         what = f"the attention option {given[0]!r}" if given else "attention that is not causal"
-        raise ConfigError(f"model: {type(module).__name__} has {what}, which the sampler cannot share prompts with")
+        raise ConfigError(
+            f"model: {type(module).__name__} has {what}, which the sampler cannot share prompts with"
+        )
+    kinds = getattr(module.config, "layer_types", None)
+    if sliding_window is None and kinds and kinds[module.layer_idx] == "sliding_attention":
+        raise ConfigError(
+            f"model: {type(module).__name__} has a sliding window that it does not tell to its attention"
+        )
     rule = Rule(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
     number: Any = module.layer_idx
     return _active.get().attend(number, query[0], key[0], value[0], rule).unsqueeze(0), None

@@ -48,7 +48,9 @@ class SamplingConfig:
         if self.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens = {self.max_new_tokens}: must be at least 1")
         if not 0 <= self.temperature < float("inf"):
-            raise ConfigError(f"temperature = {self.temperature}: must be finite and at least 0 (0 is greedy)")
+            raise ConfigError(
+                f"temperature = {self.temperature}: must be finite and at least 0 (0 is greedy)"
+            )
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p = {self.top_p}: must be in (0, 1]; 1 keeps all tokens")
         if self.top_k < 0:
@@ -129,15 +131,168 @@ class CompletionSampler:
             ConfigError: shapes do not agree, a prompt is empty, or prompt and completion are longer than the model can take.
             PoloptError: the model's logits are not finite.
         """
-        self._check(prompts, counts, config, uniforms)
-        device = next(p for p in self.model.parameters() if not p.is_meta).device
-        out = _Record(len(uniforms), config, device)
+        _check_call(self.model, prompts, counts, config, uniforms)
+        weight = next(p for p in self.model.parameters() if not p.is_meta)
+        out = _blank(len(uniforms), config, torch.promote_types(weight.dtype, torch.float32), weight.device)
         stop = StopCondition(self.model, self.tokenizer, config.stop)
-        distinct = sorted({tuple(p) for p, count in zip(prompts, counts, strict=True) if count}, key=len)
+        wanted = [(tuple(prompt), count) for prompt, count in zip(prompts, counts, strict=True) if count]
+        distinct = sorted({prompt for prompt, _ in wanted}, key=lambda prompt: (len(prompt), prompt))
         number = {prompt: i for i, prompt in enumerate(distinct)}
-        owner = torch.tensor([number[tuple(p)] for p, count in zip(prompts, counts, strict=True) for _ in range(count)])
+        owner = torch.tensor(
+            [number[prompt] for prompt, count in wanted for _ in range(count)], dtype=torch.int64
+        )
         with _evaluating(self.model):
             for rows in owner.argsort(stable=True).split(self.max_rows) if len(owner) else ():
-                chunk, local = owner[rows].unique(return_inverse=True)
-                ...
-        return out.completions()
+                used, local = owner[rows].unique(return_inverse=True)
+                chunk = [distinct[i] for i in used.tolist()]
+                place = weight.device
+                self._sample_rows(
+                    chunk, local.to(place), rows.to(place), uniforms.to(place), config, stop, out
+                )
+        return out
+
+    def _sample_rows(
+        self,
+        prompts: list[tuple[int, ...]],
+        owner: Int[Tensor, " R"],
+        rows: Int[Tensor, " R"],
+        uniforms: Float[Tensor, "N T"],
+        config: SamplingConfig,
+        stop: StopCondition,
+        out: Completions,
+    ) -> None:
+        """Sample the rows `rows` of the output, row i of them continuing `prompts[owner[i]]`."""
+        cache = PrefixCache([len(prompt) for prompt in prompts], owner.device)
+        with cache.attention_of(self.model):
+            logits = self._read_prompts(cache, prompts)[owner]
+            positions = cache.lengths[owner]
+            cache.begin_rows(owner)
+            for step in range(config.max_new_tokens):
+                draw = draw_tokens(
+                    logits,
+                    uniforms[rows, step],
+                    temperature=config.temperature,
+                    top_k=config.top_k,
+                    top_p=config.top_p,
+                )
+                _write(out, rows, step, draw)
+                over = stop(out.tokens[rows, : step + 1])
+                out.finished[rows[over]] = True
+                if step + 1 == config.max_new_tokens or bool(over.all()):
+                    return
+                tokens = draw.tokens
+                if bool(over.any()):
+                    order = cache.keep_rows(~over)
+                    rows, positions, tokens = rows[order], positions[order], tokens[order]
+                logits = self._logits(tokens, positions)
+                cache.advance()
+                positions = positions + 1
+
+    def _read_prompts(self, cache: PrefixCache, prompts: list[tuple[int, ...]]) -> Float[Tensor, "P V"]:
+        """Fill the cache; the logits after each prompt."""
+        logits, first = [], 0
+        while first < len(prompts):
+            last, total = first + 1, len(prompts[first])
+            while last < len(prompts) and total + len(prompts[last]) <= PREFILL_TOKENS:
+                total += len(prompts[last])
+                last += 1
+            positions, ends = cache.read_prompts(slice(first, last))
+            tokens = torch.tensor(
+                [t for prompt in prompts[first:last] for t in prompt], device=positions.device
+            )
+            logits.append(self._logits(tokens, positions, ends))
+            first = last
+        layers = _config(self.model).num_hidden_layers
+        if len(cache.layers) != layers:
+            raise ConfigError(
+                f"model: {len(cache.layers)} of {layers} layers of {type(self.model).__name__} attend through the "
+                "attention interface of transformers; the sampler needs all"
+            )
+        return torch.cat(logits)
+
+    def _logits(
+        self, tokens: Int[Tensor, " S"], positions: Int[Tensor, " S"], keep: Int[Tensor, " s"] | int = 0
+    ) -> Float[Tensor, "s V"]:
+        """Logits after the tokens of a packed sequence, or after those of them at `keep`."""
+        inputs = {"input_ids": tokens.unsqueeze(0), "position_ids": positions.unsqueeze(0)}
+        return self.model(**inputs, use_cache=False, logits_to_keep=keep).logits[0]
+
+
+def _blank(rows: int, config: SamplingConfig, dtype: torch.dtype, device: torch.device) -> Completions:
+    def zeros(kind: torch.dtype) -> Tensor:
+        return torch.zeros(rows, config.max_new_tokens, dtype=kind, device=device)
+
+    logp = zeros(dtype)
+    return Completions(
+        tokens=zeros(torch.int64),
+        mask=zeros(torch.bool),
+        logp=logp,
+        sampler_logp=zeros(dtype) if config.truncates else logp,
+        entropy=zeros(dtype),
+        finished=torch.zeros(rows, dtype=torch.bool, device=device),
+    )
+
+
+def _write(out: Completions, rows: Int[Tensor, " R"], step: int, draw: Draw) -> None:
+    out.mask[rows, step] = True
+    out.tokens[rows, step] = draw.tokens
+    out.logp[rows, step] = draw.logp
+    out.entropy[rows, step] = draw.entropy
+    if out.sampler_logp is not out.logp:
+        out.sampler_logp[rows, step] = draw.sampler_logp
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in evaluation mode."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _config(model: nn.Module) -> Any:
+    config: Any = model.config
+    return config.get_text_config()
+
+
+def _check_supported(model: nn.Module) -> None:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    name = f"model: {type(base).__name__}"
+    if not getattr(base, "_supports_attention_backend", False) or getattr(base, "_is_stateful", False):
+        raise ConfigError(
+            f"{name} does not attend through the attention interface of transformers, which the sampler needs"
+        )
+    missing = {"position_ids", "logits_to_keep"} - set(inspect.signature(base.forward).parameters)
+    if missing:
+        raise ConfigError(f"{name}.forward has no argument {sorted(missing)[0]!r}, which the sampler needs")
+    kinds = set(getattr(_config(base), "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds:
+        raise ConfigError(
+            f"{name} has layers of type {sorted(kinds)[0]!r}, whose state the sampler cannot share"
+        )
+
+
+def _check_call(
+    model: nn.Module, prompts: list[list[int]], counts: list[int], config: SamplingConfig, uniforms: Tensor
+) -> None:
+    if len(counts) != len(prompts) or any(count < 0 for count in counts):
+        raise ConfigError(f"counts: {len(counts)} for {len(prompts)} prompts; needs one for each, 0 or more")
+    expected = (sum(counts), config.max_new_tokens)
+    if tuple(uniforms.shape) != expected:
+        raise ConfigError(
+            f"uniforms: shape {tuple(uniforms.shape)}; needs (sum of counts, max_new_tokens) = {expected}"
+        )
+    longest = max((len(prompt) for prompt in prompts), default=0) + config.max_new_tokens
+    limit = getattr(_config(model), "max_position_embeddings", None) or longest
+    if longest > limit:
+        raise ConfigError(
+            f"max_new_tokens = {config.max_new_tokens}: with the longest prompt {longest} tokens, but the model has {limit} "
+            "positions; shorten the prompts or the completions"
+        )
+    for i, prompt in enumerate(prompts):
+        if not prompt:
+            raise ConfigError(f"prompts[{i}] is empty: the model needs at least one token to continue")

@@ -77,7 +77,7 @@ def wilson_interval(successes: int, total: int, confidence: float = 0.95) -> Int
     share, spread = successes / total, z * z / total
     centre = (share + spread / 2) / (1 + spread)
     width = z / (1 + spread) * math.sqrt(share * (1 - share) / total + spread / (4 * total))
-    return Interval(share, max(0.0, centre - width), min(1.0, centre + width))
+    return Interval(share, max(0.0, min(share, centre - width)), min(1.0, max(share, centre + width)))
 
 
 def pass_at_k(samples: Int[Tensor, " P"], correct: Int[Tensor, " P"], k: int) -> Float[Tensor, " P"]:

@@ -32,7 +32,9 @@ class StopCondition:
         if self._stop:
             rows = [row for row, token in enumerate(last.tolist()) if self._candidate(token)]
             ends = self._tokenizer.batch_decode(tokens[rows, -self._span :].tolist()) if rows else []
-            over[[row for row, text in zip(rows, ends, strict=True) if any(s in text for s in self._stop)]] = True
+            over[
+                [row for row, text in zip(rows, ends, strict=True) if any(s in text for s in self._stop)]
+            ] = True
         return over
 
     def _candidate(self, token: int) -> bool:

@@ -122,7 +122,8 @@ class PythonOptions(RowOptions):
 
 def with_fields(model: type[Options], fields: dict[str, tuple[Any, Any]]) -> type[Options]:
     """The model with further or redefined fields, as pairs (type, default)."""
-    return create_model(model.__name__, __base__=model, **fields)  # type: ignore[call-overload]
+    no_source = {"use_attribute_docstrings": False}
+    return create_model(model.__name__, __base__=model, __cls_kwargs__=no_source, **fields)  # type: ignore[call-overload]
 
 
 def builtin_fields(builtin: Builtin) -> dict[str, tuple[Any, Any]]:

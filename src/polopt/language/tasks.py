@@ -17,7 +17,7 @@ from typing import Any
 
 from polopt.errors import ConfigError
 from polopt.language.builtin_tasks import BUILTINS
-from polopt.language.examples import Example, GeneratedExamples, ListedExamples, reserve
+from polopt.language.examples import Example, GeneratedExamples, ListedExamples, indices_needed
 from polopt.language.graders import Exact, ReasoningGym, require
 from polopt.language.rows import Rows, call_rows, load_rows_function, read_dataset, read_jsonl, to_examples
 from polopt.language.task import LanguageTask, Style, stop_strings
@@ -154,7 +154,7 @@ def _reasoning_gym(spec: str, name: str, options: dict[str, Any]) -> LanguageTas
     own = dataclass_fields(DATASETS[name][1])
     chosen = with_fields(ReasoningGymOptions, own).create(spec, **options)
     shots = _shots(chosen, chosen.style)
-    size = reserve(chosen.heldout_size, shots) + chosen.train_size
+    size = indices_needed(chosen.train_size, chosen.heldout_size, shots)
     arguments = {field: getattr(chosen, field) for field in own if field in chosen.model_fields_set}
     arguments |= {"seed": chosen.seed, "size": size}
     try:

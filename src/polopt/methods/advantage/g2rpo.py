@@ -94,15 +94,20 @@ def length_envelope(
     return torch.where(inside, height, torch.zeros_like(length))
 
 
-def entropy_band(
-    entropy: Float[Tensor, "N T"], mask: Bool[Tensor, "N T"], task: Int[Tensor, " N"], low: float, high: float
-) -> Float[Tensor, ""]:
+def task_entropy(
+    entropy: Float[Tensor, "N T"], mask: Bool[Tensor, "N T"], task: Int[Tensor, " N"]
+) -> Float[Tensor, " tasks"]:
+    """Mean entropy of each task that has decisions, in nats per decision, in ascending order of their ids."""
+    index = torch.unique(task, return_inverse=True)[1]
+    count = int(index.max()) + 1 if len(task) else 0
+    total = torch.zeros(count, dtype=entropy.dtype).index_add(0, index, zero_outside(entropy, mask).sum(-1))
+    decisions = torch.zeros(count, dtype=entropy.dtype).index_add(0, index, mask.sum(-1).to(entropy))
+    return total[decisions > 0] / decisions[decisions > 0]
+
+
+def entropy_band(mean_entropy: Float[Tensor, " tasks"], low: float, high: float) -> Float[Tensor, ""]:
     """Equation (7) without its coefficient: how far each task's mean entropy lies outside [low, high], in nats."""
-    tasks = Groups.of(task)
-    count = tasks.sum(mask.sum(-1).double()).to(entropy)
-    total = torch.zeros(len(tasks.size), dtype=entropy.dtype).index_add(0, tasks.index, zero_outside(entropy, mask).sum(-1))
-    mean = total / count.clamp(min=1)
-    return zero_outside((mean - high).clamp(min=0) + (low - mean).clamp(min=0), count > 0).sum()
+    return ((mean_entropy - high).clamp(min=0) + (low - mean_entropy).clamp(min=0)).sum()
 
 
 @register("g2rpo")
@@ -181,7 +186,7 @@ class TaskEntropyBand(Regularizer):
     def forward(self, evaluation: Evaluation, batch: Batch) -> Float[Tensor, ""]:
         c = self.config
         entropy = -evaluation.logp if c.estimator == "sampled" else evaluation.entropy
-        return c.coef * entropy_band(entropy, batch.mask, batch.task, c.low, c.high)
+        return c.coef * entropy_band(task_entropy(entropy, batch.mask, batch.task), c.low, c.high)
 
 
 @register("accuracy_filter")

@@ -35,15 +35,15 @@ from polopt.registry import register, register_recipe
 
 
 def ratio_variance_loss(
-    ratio: Float[Tensor, "N T"], advantages: Float[Tensor, "N T"], multiplier: float | Tensor
-) -> Float[Tensor, "N T"]:
+    ratio: Float[Tensor, "*shape"], advantages: Float[Tensor, "*shape"], multiplier: float | Tensor
+) -> Float[Tensor, "*shape"]:
     """Equation (R3) of each decision."""
     return -ratio * advantages + multiplier * (ratio - 1).square()
 
 
 def effective_weight(
-    ratio: Float[Tensor, "N T"], advantages: Float[Tensor, "N T"], multiplier: float | Tensor
-) -> Float[Tensor, "N T"]:
+    ratio: Float[Tensor, "*shape"], advantages: Float[Tensor, "*shape"], multiplier: float | Tensor
+) -> Float[Tensor, "*shape"]:
     """Equation (R4): what multiplies the score of each decision."""
     return ratio * (advantages - 2 * multiplier * (ratio - 1))
 
