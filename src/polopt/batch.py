@@ -16,6 +16,9 @@ from jaxtyping import Bool, Float, Int, Shaped
 from tensordict import TensorClass, TensorDict
 from torch import Tensor
 
+ABSENT: Any = None
+"""Default of the fields that only some runs have. They are typed as what they are there: a part reads what it `requires`."""
+
 
 class Batch(TensorClass):
     """N trajectories of at most T decisions, with what was measured about them. Indexing selects trajectories.
@@ -34,41 +37,41 @@ class Batch(TensorClass):
     prompt_id: Int[Tensor, " N"]
     """The same across iterations: the key of per-prompt statistics."""
 
-    step_rewards: Float[Tensor, "N T"] | None = None
+    step_rewards: Float[Tensor, "N T"] = ABSENT
     """Rewards per decision, for dense rewards and penalties (a KL penalty in the reward)."""
-    old_entropy: Float[Tensor, "N T"] | None = None
+    old_entropy: Float[Tensor, "N T"] = ABSENT
     """Entropy of the behaviour policy at each decision."""
-    old_value: Float[Tensor, "N T"] | None = None
+    old_value: Float[Tensor, "N T"] = ABSENT
     """The critic's prediction of the return from each decision on, when the trajectory was made."""
-    last_value: Float[Tensor, " N"] | None = None
+    last_value: Float[Tensor, " N"] = ABSENT
     """The critic's value of the state after the last decision: the bootstrap of a truncated trajectory."""
-    ref_logp: Float[Tensor, "N T"] | None = None
+    ref_logp: Float[Tensor, "N T"] = ABSENT
     """Log-probability under the reference policy that anchors the KL."""
-    sampler_logp: Float[Tensor, "N T"] | None = None
+    sampler_logp: Float[Tensor, "N T"] = ABSENT
     """Log-probability that the sampler itself recorded, where its numerics differ from the trainer's."""
-    terminated: Bool[Tensor, " N"] | None = None
+    terminated: Bool[Tensor, " N"] = ABSENT
     """The trajectory ended by itself (end of sequence, absorbing state): nothing is bootstrapped."""
-    truncated: Bool[Tensor, " N"] | None = None
+    truncated: Bool[Tensor, " N"] = ABSENT
     """The trajectory was cut (length limit, time limit)."""
-    turn: Int[Tensor, "N T"] | None = None
+    turn: Int[Tensor, "N T"] = ABSENT
     """Which turn of a dialogue or episode the decision belongs to, from 0."""
-    task: Int[Tensor, " N"] | None = None
+    task: Int[Tensor, " N"] = ABSENT
     """Which task or domain the prompt comes from."""
-    answer: Int[Tensor, " N"] | None = None
+    answer: Int[Tensor, " N"] = ABSENT
     """Canonical id of the final answer: equal integers inside a group are equal answers; -1 is no answer."""
-    policy_version: Int[Tensor, " N"] | None = None
+    policy_version: Int[Tensor, " N"] = ABSENT
     """Iteration whose policy made the trajectory."""
 
-    advantages: Float[Tensor, "N T"] | None = None
+    advantages: Float[Tensor, "N T"] = ABSENT
     """Filled by the advantage slot. Constant for the gradient."""
-    weights: Float[Tensor, "N T"] | None = None
+    weights: Float[Tensor, "N T"] = ABSENT
     """Filled by the selection slot, >= 0; a row of zeros is not evaluated."""
-    loss_weight: Float[Tensor, "N T"] | None = None
+    loss_weight: Float[Tensor, "N T"] = ABSENT
     """Share of each decision in the loss of its minibatch: `weights` over the denominators of the aggregation."""
-    signals: TensorDict | None = None
+    signals: TensorDict = ABSENT
     """Further quantities of the whole iteration, [N, ...], by the name under which a part `provides` them, and what was
     evaluated of the behaviour or reference policy beyond the fields above (`old_features`)."""
-    payload: TensorDict | None = None
+    payload: TensorDict = ABSENT
     """The domain's own (tokens; observations and actions; latents): opaque to methods."""
 
     @property
@@ -136,21 +139,21 @@ class Evaluation:
 
     logp: Float[Tensor, "N T"]
     """Log-probability of the decision taken."""
-    entropy: Float[Tensor, "N T"] | None = None
+    entropy: Float[Tensor, "N T"] = ABSENT
     """Exact entropy of the distribution the decision was drawn from."""
-    value: Float[Tensor, "N T"] | None = None
+    value: Float[Tensor, "N T"] = ABSENT
     """The critic's prediction of the return from the decision on."""
-    score_sqnorm: Float[Tensor, "N T"] | None = None
+    score_sqnorm: Float[Tensor, "N T"] = ABSENT
     """Squared norm of the gradient of `logp` with respect to the logits: 1 - 2 p(a) + sum_v p(v)^2. No gradient."""
-    tempered_logp: Float[Tensor, "N T"] | None = None
+    tempered_logp: Float[Tensor, "N T"] = ABSENT
     """Log-probability of the decision at the temperature of the option `temperature`. No gradient."""
-    features: Float[Tensor, "N T H"] | None = None
+    features: Float[Tensor, "N T H"] = ABSENT
     """Input of the last linear layer. No gradient."""
-    kept_logits: Float[Tensor, "N T k"] | None = None
+    kept_logits: Float[Tensor, "N T k"] = ABSENT
     """The largest logits, as many as the option `kept`. No gradient."""
-    kept_rows: Int[Tensor, "N T k"] | None = None
+    kept_rows: Int[Tensor, "N T k"] = ABSENT
     """Which rows of the last layer the kept logits belong to."""
-    action_row: Int[Tensor, "N T"] | None = None
+    action_row: Int[Tensor, "N T"] = ABSENT
     """Which row of the last layer belongs to the decision taken."""
 
     def tensors(self) -> dict[str, Tensor]:

@@ -85,10 +85,11 @@ def replicated_rows_left_out_on_two_ranks(ranks: Ranks) -> None:
     for rows in (torch.tensor([8, 0, 2, 4, 9]), torch.tensor([6])):  # one row: the other rank has no work
         for name, path in PATHS:
             if path == "fused" or len(rows) > 1:
-                in_decision_space(name, path, actor, batch, rows=rows)
+                expected = in_decision_space(name, path, actor, batch, rows=rows)
                 alone = gradients(actor)
-                in_decision_space(name, path, actor, batch, ranks, rows=rows)
+                found = in_decision_space(name, path, actor, batch, ranks, rows=rows)
                 assert_same(gradients(actor), alone)
+                assert_same({"loss": found.loss}, {"loss": expected.loss})
 
 
 def replicated_work_is_shared(ranks: Ranks) -> None:

@@ -3,6 +3,7 @@
 import math
 import os
 import time
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
@@ -281,7 +282,7 @@ HOSTILE = [
 @pytest.mark.parametrize("read", [reasoning_gym_reward.read_literal, reasoning_gym_reward.read_formula])
 @pytest.mark.parametrize("text", HOSTILE)
 def test_readers_of_answers_run_nothing(
-    read, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    read: Callable[[str], object], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises((ValueError, SyntaxError)):

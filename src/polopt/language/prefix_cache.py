@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from polopt.errors import ConfigError
 
 ATTENTION = "polopt_shared_prefix"
-SUFFIX_BLOCK = 32
-"""Tokens of a row that there is memory for at first; it doubles when it is full."""
+SUFFIX_BLOCK = 16
+"""Tokens of a row that there is memory for at first. Matrix products run over all of it: slices would be copied first."""
 
 _active: ContextVar["PrefixCache"] = ContextVar("_active")
 
@@ -44,21 +44,16 @@ class Layer:
 
     def append(
         self, key: Float[Tensor, "R h d"], value: Float[Tensor, "R h e"], step: int
-    ) -> tuple[Float[Tensor, "Rh t d"], Float[Tensor, "Rh t e"]]:
-        """Store the rows' keys and values number `step`; those of all steps so far."""
+    ) -> tuple[Float[Tensor, "Rh T d"], Float[Tensor, "Rh T e"]]:
+        """Store the rows' keys and values number `step`; the whole memory of these rows, zeros where nothing is stored yet."""
         if self.keys is None or self.values is None:
-            self.keys, self.values = (
-                x.new_empty(*x.shape[:2], SUFFIX_BLOCK, x.shape[2]) for x in (key, value)
-            )
+            self.keys, self.values = (_extended(x.unsqueeze(2)[:, :, :0], SUFFIX_BLOCK) for x in (key, value))
         elif step == self.keys.shape[2]:
-            self.keys, self.values = (
-                torch.cat([x[: len(key)], torch.empty_like(x[: len(key)])], 2)
-                for x in (self.keys, self.values)
-            )
+            more = SUFFIX_BLOCK * (1 + step // (4 * SUFFIX_BLOCK))
+            self.keys, self.values = (_extended(x[: len(key)], more) for x in (self.keys, self.values))
         self.keys[: len(key), :, step] = key
         self.values[: len(key), :, step] = value
-        keys, values = (x[: len(key), :, : step + 1].flatten(0, 1) for x in (self.keys, self.values))
-        return keys, values
+        return self.keys[: len(key)].flatten(0, 1), self.values[: len(key)].flatten(0, 1)
 
     def move(self, source: Int[Tensor, " m"], target: Int[Tensor, " m"], steps: int) -> None:
         """Overwrite the rows `target` with the rows `source`."""
@@ -132,7 +127,7 @@ class PrefixCache:
     def advance(self) -> None:
         """The forward pass over one token of each row is over."""
         self.steps += 1
-        self._masks.clear()
+        self._biases.clear()
 
     def keep_rows(self, kept: Bool[Tensor, " R"]) -> Int[Tensor, " r"]:
         """Drop the other rows.
@@ -206,12 +201,11 @@ class PrefixCache:
 
         prefix = prefix_product(query, layer.prefix_keys.flatten(0, 1).transpose(1, 2))
         scores = torch.cat([prefix, torch.bmm(query, keys.transpose(1, 2))], -1)
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         if rule.softcap is not None:
             scores = rule.softcap * torch.tanh(scores / rule.softcap)
-        hidden = self._hidden(rule.window)
-        if hidden is not None:
-            scores.view(rows, heads * groups, -1).masked_fill_(hidden, -torch.inf)
-        weights = scores.softmax(-1)
+        scores.view(rows, heads * groups, -1).add_(self._bias(rule.window, keys.shape[1]))
+        weights = scores.softmax(-1).to(values.dtype)
         output = prefix_product(weights[..., :length], layer.prefix_values.flatten(0, 1))
         output += torch.bmm(weights[..., length:], values)
         return output.view(rows, heads * groups, -1)
@@ -228,7 +222,7 @@ class PrefixCache:
         rows, prompts = len(self._owner), len(self.lengths)
         rank = _rank(self._owner, prompts)
         size = int(rank.max()) + 1
-        self._places, self._seats, self._masks = {}, {}, {}
+        self._places, self._seats, self._biases = {}, {}, {}
         for heads in {layer.prefix_keys.shape[1] for layer in self.layers.values()}:
             head = torch.arange(heads, device=rank.device)
             places = ((self._owner.unsqueeze(1) * heads + head) * size + rank.unsqueeze(1)).flatten()
@@ -236,17 +230,27 @@ class PrefixCache:
             seats[places] = torch.arange(rows * heads, device=rank.device)
             self._places[heads], self._seats[heads] = places, seats
 
-    def _hidden(self, window: int | None) -> Bool[Tensor, "R 1 t"] | None:
-        """Keys that a row must not see: the padding of its prompt and what lies before the window. None: it sees all."""
-        if window not in self._masks:
+    def _bias(self, window: int | None, size: int) -> Float[Tensor, "R 1 LT"]:
+        """0 for keys that a row may see, -inf for the padding of its prompt, what is not stored yet and what lies before
+        the window.
+
+        Args:
+            window: of the layer.
+            size: tokens of a row that there is memory for.
+        """
+        if window not in self._biases:
             lengths = self.lengths[self._owner].unsqueeze(1)
             columns = torch.arange(self.longest, device=lengths.device).expand(len(lengths), -1)
-            steps = torch.arange(self.steps + 1, device=lengths.device)
-            hidden = torch.cat([columns >= lengths, torch.zeros_like(steps + lengths, dtype=torch.bool)], 1)
+            steps = torch.arange(size, device=lengths.device).expand(len(lengths), -1)
+            hidden = torch.cat([columns >= lengths, steps > self.steps], 1)
             if window is not None:
                 hidden |= torch.cat([columns, steps + lengths], 1) <= lengths + self.steps - window
-            self._masks[window] = hidden.unsqueeze(1) if bool(hidden.any()) else None
-        return self._masks[window]
+            self._biases[window] = torch.where(hidden, -torch.inf, 0.0).unsqueeze(1)
+        return self._biases[window]
+
+
+def _extended(stored: Float[Tensor, "R h T d"], more: int) -> Float[Tensor, "R h S d"]:
+    return nn.functional.pad(stored, (0, 0, 0, more))
 
 
 def _rank(owner: Int[Tensor, " R"], prompts: int) -> Int[Tensor, " R"]:

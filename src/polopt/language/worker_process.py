@@ -4,7 +4,6 @@ Standard library only, so that replacing a killed worker costs a bare interprete
 calls over its own socket; whatever comes back is JSON.
 """
 
-import asyncio
 import ctypes
 import fcntl
 import importlib
@@ -124,6 +123,8 @@ def answer_call(function: Callable[..., Any], keywords: dict[str, Any]) -> dict[
     try:
         value = function(**accepted(function, keywords))
         if inspect.iscoroutine(value):
+            import asyncio  # more than half of a worker's start-up time, and seldom needed
+
             value = asyncio.run(value)
         return reply_to(value)
     except KeyboardInterrupt:
