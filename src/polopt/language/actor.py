@@ -4,6 +4,7 @@ import hashlib
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -123,6 +124,7 @@ class LanguageActor:
             **{f"faults/{name}": float(count) for name, count in scores.faults.items()},
         }
         batch = self._batch(plan, prompts, completions, scores.rewards)
+        batch.set_signal("format", scores.format_ok)
         batch.answer = torch.tensor([_answer_id(answer) for answer in scores.answers], dtype=torch.int64)
         samples = [
             {
@@ -163,7 +165,8 @@ class LanguageActor:
 
     def score(self, task: LanguageTask, batch: Batch) -> dict[str, float]:
         """Mean reward, pass@k and majority vote of held-out completions, with 95 % intervals."""
-        return score_statistics(batch.rewards, batch.group, batch.answer, task.reward_names)
+        found = score_statistics(batch.rewards, batch.group, batch.answer, task.reward_names)
+        return found | {"score/format": float(batch.signal("format").double().mean())}
 
     def _batch(
         self, plan: Plan, prompts: list[list[int]], completions: Completions, rewards: Tensor
