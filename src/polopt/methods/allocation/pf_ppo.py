@@ -170,7 +170,8 @@ class PolicyFiltration(Selection):
         self.before_advantage = self.config.whiten == "after"
 
     def forward(self, batch: Batch, draw: Draw) -> Float[Tensor, "N 1"]:
-        c, groups, outcome = self.config, Groups.of(batch.group), batch.outcome()
+        c, groups = self.config, Groups.of(batch.group)
+        outcome = batch.rewards.double().nan_to_num(nan=0.0).sum(-1)  # ranks know nothing of the KL in the reward
         weights = filter_weights(outcome, batch.group, c.strategy, power=c.power, high=c.high, low=c.low)
         if c.skip_ties:
             spread = groups.max(outcome) > groups.min(outcome)
