@@ -57,7 +57,8 @@ docs: $(TEST_STAMP)
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
 bench: $(TEST_STAMP)
-	$(PY) benchmarks/language_iteration.py $(BENCH_FLAGS)
+	$(PY) benchmarks/language/compare_trl.py $(BENCH_FLAGS) --model "$$($(PY) -c \
+		'from polopt.language.model import smollm2_directory; print(smollm2_directory())')"
 
 oracle: $(ORACLE_STAMP)
 	$(ORACLE_VENV)/bin/python -m pytest -m oracle tests

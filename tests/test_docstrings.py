@@ -1,5 +1,6 @@
-"""Everything public says what it is; an overriding method may leave that to the class it comes from."""
+"""Everything public says what it is, and the examples run."""
 
+import doctest
 import importlib
 import inspect
 from collections.abc import Iterator
@@ -9,11 +10,15 @@ from typing import Any
 import pytest
 
 SOURCE = Path(__file__).parents[1] / "src"
-MODULES = sorted(".".join(path.relative_to(SOURCE).with_suffix("").parts) for path in SOURCE.rglob("*.py"))
+MODULES = {
+    ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__"): path.read_text()
+    for path in sorted(SOURCE.rglob("*.py"))
+    if path.stem != "__main__"
+}
 
 
 def undocumented(owner: Any, module: str) -> Iterator[str]:
-    """Names of public classes, functions and methods defined in `module` that have no docstring."""
+    """Public classes, functions and methods of `module` without a docstring; methods inherit theirs."""
     for name, value in vars(owner).items():
         function = inspect.unwrap(value) if callable(value) else value
         if name.startswith("_") or getattr(function, "__module__", None) != module:
@@ -21,12 +26,17 @@ def undocumented(owner: Any, module: str) -> Iterator[str]:
         if inspect.isclass(value) or inspect.isfunction(function):
             if not inspect.getdoc(getattr(owner, name)):
                 yield f"{owner.__name__}.{name}"
-            if inspect.isclass(value) and value is not owner:
+            if inspect.isclass(value):
                 yield from undocumented(value, module)
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if not name.endswith("__main__")])
+@pytest.mark.parametrize("name", MODULES)
 def test_public_names_are_documented(name: str) -> None:
-    module = importlib.import_module(name.removesuffix(".__init__"))
+    module = importlib.import_module(name)
     assert module.__doc__
-    assert not list(undocumented(module, module.__name__))
+    assert not list(undocumented(module, name))
+
+
+@pytest.mark.parametrize("name", [name for name, source in MODULES.items() if ">>> " in source])
+def test_examples_in_docstrings_run(name: str) -> None:
+    assert not doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS).failed

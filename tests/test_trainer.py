@@ -14,19 +14,29 @@ from polopt.engine.run_folder import read_metrics
 from polopt.errors import ConfigError
 from polopt.miniature import SumModActor, SumModTask
 
-LEARN: dict[str, Any] = {"iterations": 40, "prompts": 24, "rollouts": 8, "minibatches": 4, "epochs": 2, "lr": 0.01}
+LEARN: dict[str, Any] = {
+    "iterations": 40,
+    "prompts": 24,
+    "rollouts": 8,
+    "minibatches": 4,
+    "epochs": 2,
+    "lr": 0.01,
+}
 QUICK: dict[str, Any] = {"iterations": 6, "prompts": 4, "rollouts": 4, "lr": 0.01, "checkpoint_every": 2}
 
 
 def trainer(method: str = "grpo", out: Path | None = None, **config: Any) -> polopt.Trainer:
     task = SumModTask()
-    return polopt.Trainer(SumModActor(task), task, polopt.recipe(method), polopt.TrainerConfig(**config), out=out)
+    return polopt.Trainer(
+        SumModActor(task), task, polopt.recipe(method), polopt.TrainerConfig(**config), out=out
+    )
 
 
 def curve(out: Path) -> list[dict[str, Any]]:
     """Everything a run logged that does not depend on the clock."""
     return [
-        {k: v for k, v in line.items() if not k.startswith(("time/", "memory/"))} for line in read_metrics(out)
+        {k: v for k, v in line.items() if not k.startswith(("time/", "memory/"))}
+        for line in read_metrics(out)
     ]
 
 

@@ -28,9 +28,19 @@ class Worker:
 
     def __init__(self, library: str, scenario: str, model: str, steps: int) -> None:
         command = [sys.executable, str(HERE / f"worker_{library}.py"), scenario, model, str(steps)]
-        environment = os.environ | {"GOMP_SPINCOUNT": "0", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        environment = os.environ | {
+            "PYTHONWARNINGS": "ignore",
+            "GOMP_SPINCOUNT": "0",
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=HERE
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            cwd=HERE,
         )
         self.library = library
         self.start = self._read()
@@ -79,7 +89,10 @@ def main() -> None:
     parser.add_argument("--scenario", choices=["chat", "few_shot"], action="append")
     parser.add_argument("--out", type=Path, help="where the results go, JSON")
     options = parser.parse_args()
-    results: dict[str, Any] = {"machine": f"{os.cpu_count()} cores, {platform.machine()}", "steps": options.steps}
+    results: dict[str, Any] = {
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        "steps": options.steps,
+    }
     for scenario in options.scenario or ["chat", "few_shot"]:
         results[scenario] = compare(scenario, options.model, options.steps)
         ratios = results[scenario]["ratios"]

@@ -15,7 +15,10 @@ def questions(count: int, seed: int = 0) -> list[tuple[str, str]]:
     """Question and answer of `count` sums of two numbers of one or two digits."""
     draw = random.Random(seed)
     pairs = [(draw.randint(1, 99), draw.randint(1, 99)) for _ in range(count)]
-    return [(f"State the final answer to the following arithmetic problem: {a} + {b} =", str(a + b)) for a, b in pairs]
+    return [
+        (f"State the final answer to the following arithmetic problem: {a} + {b} =", str(a + b))
+        for a, b in pairs
+    ]
 
 
 def prompt(scenario: str, question: str) -> str | list[dict[str, str]]:

@@ -34,7 +34,9 @@ class Sums:
     def score(self, completions: list[str], examples: list[Example]) -> Scores:
         """1 for the right number."""
         right = [last_number_is(c, e.answer) for c, e in zip(completions, examples, strict=True)]
-        return Scores.of(torch.tensor(right, dtype=torch.float64)[:, None], self.reward_names, [""] * len(right))
+        rewards = torch.tensor(right, dtype=torch.float64)[:, None]
+        found = torch.ones(len(right), dtype=torch.bool)
+        return Scores(rewards, self.reward_names, found, tuple(completions))
 
     def close(self) -> None:
         """Nothing is held."""
@@ -46,7 +48,10 @@ def main(scenario: str, model_path: str, steps: int) -> None:
     language = LanguageConfig(model=model_path, max_new_tokens=sizes["max_new_tokens"])
     actor = LanguageActor.build(language, stop=("\n",) if sizes["newline_stops"] else ())
     loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-    print(json.dumps({"loaded": loaded, "parameters": sum(p.numel() for p in actor.model.parameters())}), flush=True)
+    print(
+        json.dumps({"loaded": loaded, "parameters": sum(p.numel() for p in actor.model.parameters())}),
+        flush=True,
+    )
     config = polopt.TrainerConfig(prompts=PROMPTS, rollouts=ROLLOUTS, lr=1e-5, skip_silent=False)
     method = polopt.recipe("grpo", surrogate="ppo:aggregation=token_mean")
     trainer = polopt.Trainer(actor, Sums(scenario, PROMPTS * (steps + 2)), method, config)

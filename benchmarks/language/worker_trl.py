@@ -74,7 +74,9 @@ def main(scenario: str, model_path: str, steps: int) -> None:
         processing_class=tokenizer, callbacks=[gate],
     )  # fmt: skip
     gate.trainer = trainer
-    print(json.dumps({"loaded": loaded, "parameters": sum(p.numel() for p in model.parameters())}), flush=True)
+    print(
+        json.dumps({"loaded": loaded, "parameters": sum(p.numel() for p in model.parameters())}), flush=True
+    )
     trainer.train()
 
 

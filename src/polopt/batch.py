@@ -113,8 +113,10 @@ class Batch(TensorClass):
 
     def to_tensors(self) -> dict[str, Tensor]:
         """All tensors by path, for a checkpoint."""
-        return {".".join(key) if isinstance(key, tuple) else key: tensor
-                for key, tensor in self.items(include_nested=True, leaves_only=True)}
+        return {
+            ".".join(key) if isinstance(key, tuple) else key: tensor
+            for key, tensor in self.items(include_nested=True, leaves_only=True)
+        }
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> Self:
@@ -130,7 +132,9 @@ class Batch(TensorClass):
 
     def has(self, name: str) -> bool:
         """Whether a field or signal of that name is there."""
-        return getattr(self, name, None) is not None or (self.signals is not None and name in self.signals.keys())
+        return getattr(self, name, None) is not None or (
+            self.signals is not None and name in self.signals.keys()
+        )
 
 
 @dataclass(frozen=True)
@@ -170,6 +174,7 @@ class Evaluation:
 
     def where(self, mask: Bool[Tensor, "N T"]) -> Self:
         """The evaluation with zeros outside `mask`, which also stops whatever gradient lies there."""
+
         def keep(tensor: Tensor) -> Tensor:
             shaped = mask.view(mask.shape + (1,) * (tensor.dim() - mask.dim()))
             return torch.where(shaped, tensor, torch.zeros((), dtype=tensor.dtype, device=tensor.device))
@@ -194,7 +199,9 @@ def concatenate(batches: list[Batch]) -> Batch:
     leaves = [dict(b.items(include_nested=True, leaves_only=True)) for b in batches]
     if any(found.keys() != leaves[0].keys() for found in leaves):
         raise ValueError("concatenate: a field is in some of the batches only")
-    widths = {name: max(found[name].shape[1] for found in leaves) for name in leaves[0] if leaves[0][name].dim() > 1}
+    widths = {
+        name: max(found[name].shape[1] for found in leaves) for name in leaves[0] if leaves[0][name].dim() > 1
+    }
     joined, offset = [], 0
     for batch in batches:
         batch = batch.named_apply(lambda name, t: _widen(t, widths.get(name, 0)), nested_keys=True)
@@ -208,4 +215,6 @@ def _widen(tensor: Tensor, width: int) -> Tensor:
     """`tensor` [N, w, ...] with zeros appended up to a width."""
     if tensor.dim() < 2 or tensor.shape[1] >= width:
         return tensor
-    return torch.cat([tensor, tensor.new_zeros(tensor.shape[0], width - tensor.shape[1], *tensor.shape[2:])], 1)
+    return torch.cat(
+        [tensor, tensor.new_zeros(tensor.shape[0], width - tensor.shape[1], *tensor.shape[2:])], 1
+    )

@@ -70,9 +70,9 @@ class RunConfig(Settings):
     """Trackers that get the metrics, besides the run folder: tensorboard, trackio, wandb, ..."""
     plugins: list[Path] = Field(default_factory=list)
     """Python files with methods of your own; they are imported."""
-    trainer: TrainerConfig = Field(default_factory=TrainerConfig)
+    trainer: TrainerConfig = TrainerConfig()
     """Sizes and lengths."""
-    language: LanguageConfig = Field(default_factory=LanguageConfig)
+    language: LanguageConfig = LanguageConfig.create("language")
     """Model and sampling."""
 
     @property

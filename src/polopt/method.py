@@ -254,11 +254,12 @@ class Optimizer(Part):
     def build(self, parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
         """The optimizer of these parameters."""
         c = self.config
-        return torch.optim.AdamW(parameters, lr, (c.beta1, c.beta2), c.eps, c.weight_decay)
+        return torch.optim.AdamW(parameters, lr, (c.beta1, c.beta2), c.eps, c.weight_decay, fused=True)
 
 
 SLOTS: dict[str, type[Part]] = {
-    part.slot: part for part in (Sampler, Budget, Shaping, Advantage, Selection, Surrogate, Regularizer, Optimizer)
+    part.slot: part
+    for part in (Sampler, Budget, Shaping, Advantage, Selection, Surrogate, Regularizer, Optimizer)
 }
 """The slots in the order of the data, each with its base class."""
 MANY = frozenset({"shaping", "advantage", "regularizers"})
@@ -381,7 +382,9 @@ class Method(nn.Module):
     def with_parts(self, **slots: Any) -> Self:
         """The same method with other parts in some slots; slots that take several get a list."""
         filled = {slot: self.slot(slot) if slot in MANY else getattr(self, slot) for slot in SLOTS} | slots
-        changes = [f"{slot}={','.join(p.name for p in (f if slot in MANY else [f]))}" for slot, f in slots.items()]
+        changes = [
+            f"{slot}={','.join(p.name for p in (f if slot in MANY else [f]))}" for slot, f in slots.items()
+        ]
         return type(self)(**filled, name="+".join([self.name, *changes]), defaults=self.defaults)
 
     def _check(self) -> None:
@@ -391,7 +394,9 @@ class Method(nn.Module):
                     raise ConfigError(f"{slot}: {type(part).__name__} is not a {base.__name__} part")
         estimator, *transforms = self.slot("advantage")
         if isinstance(estimator, AdvantageTransform):
-            raise ConfigError(f"advantage {estimator.name}: changes another advantage; name an estimator before it")
+            raise ConfigError(
+                f"advantage {estimator.name}: changes another advantage; name an estimator before it"
+            )
         for part in transforms:
             if not isinstance(part, AdvantageTransform):
                 raise ConfigError(f"advantage {part.name}: is an estimator of its own; a method has one")
@@ -399,13 +404,19 @@ class Method(nn.Module):
         known = EVALUATED | set(Batch.__dataclass_fields__) | behaviour | self.provides
         for part in self.parts:
             for name in sorted(part.requires - known):
-                raise ConfigError(f"{part.slot} {part.name}: needs the signal {name!r}, which no part here provides")
+                raise ConfigError(
+                    f"{part.slot} {part.name}: needs the signal {name!r}, which no part here provides"
+                )
 
 
 def _with_finite_rewards(batch: Batch) -> Batch:
     rewards = torch.where(batch.rewards.isfinite(), batch.rewards, torch.nan)
-    known = ~rewards.isnan().all(-1) if batch.step_rewards is None else torch.ones(len(batch), dtype=torch.bool)
-    batch = batch.apply(lambda t: zero_outside(t, batch.mask) if t.shape == batch.mask.shape and t.is_floating_point() else t)
+    known = (
+        ~rewards.isnan().all(-1) if batch.step_rewards is None else torch.ones(len(batch), dtype=torch.bool)
+    )
+    batch = batch.apply(
+        lambda t: zero_outside(t, batch.mask) if t.shape == batch.mask.shape and t.is_floating_point() else t
+    )
     batch.rewards = rewards
     return batch[known]
 

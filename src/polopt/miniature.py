@@ -32,7 +32,9 @@ class SumModTask:
 
     name = "sum_mod"
 
-    def __init__(self, modulus: int = 6, length: int = 4, train_size: int = 60, second_reward: bool = False) -> None:
+    def __init__(
+        self, modulus: int = 6, length: int = 4, train_size: int = 60, second_reward: bool = False
+    ) -> None:
         self.modulus, self.length = modulus, length
         self.train_size, self.heldout_size = train_size, 16 * modulus
         self.reward_names = ("sum", "even") if second_reward else ("sum",)
@@ -66,14 +68,21 @@ class SumModActor:
     exact_sampler = True
 
     def __init__(
-        self, task: SumModTask, width: int = 48, dtype: torch.dtype = torch.float64, seed: int = 0, rows: int = 10_000
+        self,
+        task: SumModTask,
+        width: int = 48,
+        dtype: torch.dtype = torch.float64,
+        seed: int = 0,
+        rows: int = 10_000,
     ) -> None:
         self.modulus, self.length, self.rows = task.modulus, task.length, rows
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.module = nn.ModuleDict(
                 {
-                    "trunk": nn.Sequential(nn.Linear(2 * task.modulus + task.length, width, dtype=dtype), nn.Tanh()),
+                    "trunk": nn.Sequential(
+                        nn.Linear(2 * task.modulus + task.length, width, dtype=dtype), nn.Tanh()
+                    ),
                     "policy": nn.Linear(width, task.modulus, dtype=dtype),
                     "critic": nn.Linear(width, 1, dtype=dtype),
                 }
@@ -89,7 +98,9 @@ class SumModActor:
         index = torch.arange(len(plan.prompt_ids)).repeat_interleave(plan.counts)
         goals = task.goals(plan.prompt_ids)[index]
         count = len(index)
-        uniforms = torch.rand(plan.total, self.length, generator=generator, dtype=torch.float64)[plan.first :][:count]
+        uniforms = torch.rand(plan.total, self.length, generator=generator, dtype=torch.float64)[
+            plan.first :
+        ][:count]
         tokens = torch.zeros(count, self.length, dtype=torch.int64)
         with torch.no_grad():
             for position in range(self.length):
@@ -112,7 +123,9 @@ class SumModActor:
         )
         with torch.no_grad():
             batch.set_evaluated("old", self.evaluate(batch, frozenset({"logp", "entropy", "value"})))
-        samples = [{"prompt": int(g), "completion": t.tolist()} for g, t in zip(goals[:3], tokens[:3], strict=True)]
+        samples = [
+            {"prompt": int(g), "completion": t.tolist()} for g, t in zip(goals[:3], tokens[:3], strict=True)
+        ]
         return Rollout(batch, {"tokens": float(count * self.length)}, samples)
 
     def evaluate(self, batch: Batch, requires: frozenset[str], **options: Any) -> Evaluation:

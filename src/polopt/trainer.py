@@ -94,7 +94,10 @@ class Trainer:
             while self.iteration < self.config.iterations and not self._stop.is_set():
                 started = time.perf_counter()
                 metrics, samples = self.iterate()
-                metrics |= {"time/iteration": time.perf_counter() - started, "memory/peak": diagnostics.peak_memory()}
+                metrics |= {
+                    "time/iteration": time.perf_counter() - started,
+                    "memory/peak": diagnostics.peak_memory(),
+                }
                 due = self.config.score_every and self.iteration % self.config.score_every == 0
                 if due and self.iteration < self.config.iterations:
                     metrics |= {k: v for k, v in self.score().items() if k != "samples"}
@@ -109,7 +112,11 @@ class Trainer:
     def iterate(self) -> tuple[Metrics, list[dict[str, Any]]]:
         """One rollout and its updates; returns the metrics and a few samples."""
         lr = learning_rate(
-            self.config.lr, self.config.lr_schedule, self.config.warmup, self.iteration, self.config.iterations
+            self.config.lr,
+            self.config.lr_schedule,
+            self.config.warmup,
+            self.iteration,
+            self.config.iterations,
         )
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -146,7 +153,11 @@ class Trainer:
             "optimizer": optimizer,
             "method": dict(self.method.state_dict()),
             "replay": {str(i): batch.to_tensors() for i, batch in enumerate(self.replayed)},
-            "trainer": {"before": self.before, "skipped": self.guard.skipped, "in_a_row": self.guard.in_a_row},
+            "trainer": {
+                "before": self.before,
+                "skipped": self.guard.skipped,
+                "in_a_row": self.guard.in_a_row,
+            },
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -177,7 +188,9 @@ class Trainer:
             epoch = partial(generator, self.config.seed, "epoch")
             prompt_ids = self.method.sampler(self.task.train_size, prompts, epoch, self._draw)
             counts = self.method.budget(prompt_ids, prompts * self.config.rollouts, self._draw)
-            rollout = self._rollout(Plan(prompt_ids, counts), self._draw(f"rollout {number}" if number else "rollout"))
+            rollout = self._rollout(
+                Plan(prompt_ids, counts), self._draw(f"rollout {number}" if number else "rollout")
+            )
             metrics.append(dict(rollout.metrics))
             samples += rollout.samples
             kept.append(rollout.batch[self.method.sampler.accepts(rollout.batch)])
@@ -191,7 +204,9 @@ class Trainer:
             mine = self.actor.rollout(self.task, plan.part(self.ranks.rank, self.ranks.world), draws)
         names = sorted(mine.metrics)
         totals = self.ranks.sum(torch.tensor([mine.metrics[n] for n in names], dtype=torch.float64))
-        return Rollout(self.ranks.gather(mine.batch), dict(zip(names, totals.tolist(), strict=True)), mine.samples)
+        return Rollout(
+            self.ranks.gather(mine.batch), dict(zip(names, totals.tolist(), strict=True)), mine.samples
+        )
 
     def _with_evaluations(self, batch: Batch) -> Batch:
         """The batch with what the parts require of the behaviour and reference policies, and the sampler's mismatch."""
@@ -199,9 +214,13 @@ class Trainer:
             batch.sampler_logp = batch.old_logp if batch.sampler_logp is None else batch.sampler_logp
         asked = {name for name in self.method.requires if not batch.has(name)}
         rows, options = torch.arange(len(batch)), self.method.evaluation_options()
-        old = {name[4:] for name in asked if name.startswith("old_")} | ({"logp"} if self.recomputes else set())
+        old = {name[4:] for name in asked if name.startswith("old_")} | (
+            {"logp"} if self.recomputes else set()
+        )
         if old:
-            batch.set_evaluated("old", evaluate_rows(self.actor, batch, rows, frozenset(old), options, self.ranks))
+            batch.set_evaluated(
+                "old", evaluate_rows(self.actor, batch, rows, frozenset(old), options, self.ranks)
+            )
         if reference := {name[4:] for name in asked if name.startswith("ref_")}:
             with self.actor.reference():
                 found = evaluate_rows(self.actor, batch, rows, frozenset(reference), options, self.ranks)
@@ -247,7 +266,11 @@ class Trainer:
             for part in self.method.parts:
                 part.after_step(found.evaluation, evaluated)
         metrics = diagnostics.describe_update(found.evaluation, evaluated, self.method.surrogate)
-        return {"loss": float(found.loss), "grad_norm": float(norm), "rows/evaluated": float(len(rows))} | metrics
+        return {
+            "loss": float(found.loss),
+            "grad_norm": float(norm),
+            "rows/evaluated": float(len(rows)),
+        } | metrics
 
     def _gradient(self, batch: Batch, rows: Int[Tensor, " n"], fresh: bool) -> Backward:
         """Gradients into the parameters, and the optimizer's share of the learning rate if it sets one."""
@@ -299,17 +322,25 @@ class Trainer:
 
     def _check(self) -> None:
         """Refuse what cannot work, before anything runs."""
-        available = self.actor.provides | {f"{p}_{n}" for p in ("old", "ref") for n in self.actor.provides & EVALUATED}
+        available = self.actor.provides | {
+            f"{p}_{n}" for p in ("old", "ref") for n in self.actor.provides & EVALUATED
+        }
         for part in self.method.parts:
             if part.domains is not None and self.actor.domain not in part.domains:
                 domains = ", ".join(sorted(part.domains))
                 raise ConfigError(f"{part.slot} {part.name}: works on {domains}, not on {self.actor.domain}")
             for name in sorted(part.requires - self.method.provides - available):
-                raise ConfigError(f"{part.slot} {part.name}: needs {name!r}, which this {self.actor.domain} run lacks")
+                raise ConfigError(
+                    f"{part.slot} {part.name}: needs {name!r}, which this {self.actor.domain} run lacks"
+                )
         if self.method.optimizer.per_group_gradients and not self.method.separable:
-            raise ConfigError(f"optimizer {self.method.optimizer.name}: needs a loss that is a sum over trajectories")
+            raise ConfigError(
+                f"optimizer {self.method.optimizer.name}: needs a loss that is a sum over trajectories"
+            )
         if self.config.minibatches > self.config.prompts * self.config.rollouts:
-            raise ConfigError(f"trainer.minibatches = {self.config.minibatches}: more than the rollouts of an iteration")
+            raise ConfigError(
+                f"trainer.minibatches = {self.config.minibatches}: more than the rollouts of an iteration"
+            )
 
     @contextmanager
     def _interrupts(self) -> Iterator[None]:

@@ -11,45 +11,45 @@ from polopt.settings import Settings
 class TrainerConfig(Settings):
     """How long, how much and how far. Fields that a method's paper fixes are the defaults of its recipe."""
 
-    iterations: int = Field(100, ge=0)
+    iterations: int = Field(default=100, ge=0)
     """Rollouts followed by updates."""
-    prompts: int = Field(16, ge=1)
+    prompts: int = Field(default=16, ge=1)
     """Prompts or start states of an iteration."""
-    rollouts: int = Field(8, ge=1)
+    rollouts: int = Field(default=8, ge=1)
     """Rollouts of each prompt on average; the budget slot shares out `prompts * rollouts`."""
-    epochs: int = Field(1, ge=1)
+    epochs: int = Field(default=1, ge=1)
     """Passes over an iteration's data."""
-    replay: int = Field(1, ge=1)
+    replay: int = Field(default=1, ge=1)
     """Iterations whose data an update draws from, each against its own behaviour policy; 1: the present one's only."""
-    minibatches: int = Field(1, ge=1)
+    minibatches: int = Field(default=1, ge=1)
     """Optimizer steps of a pass."""
-    lr: float = Field(1e-5, gt=0)
+    lr: float = Field(default=1e-5, gt=0)
     """Learning rate at its peak."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Course of the learning rate after the warm-up."""
-    warmup: int = Field(0, ge=0)
+    warmup: int = Field(default=0, ge=0)
     """Iterations of linear warm-up of the learning rate."""
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this norm."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Seed of every draw of the run."""
-    score_every: int = Field(0, ge=0)
+    score_every: int = Field(default=0, ge=0)
     """Iterations between held-out scores; 0: before and after the run only."""
-    score_prompts: int = Field(128, ge=1)
+    score_prompts: int = Field(default=128, ge=1)
     """Held-out prompts or start states of a score."""
-    score_rollouts: int = Field(1, ge=1)
+    score_rollouts: int = Field(default=1, ge=1)
     """Rollouts of each held-out prompt."""
-    checkpoint_every: int = Field(10, ge=1)
+    checkpoint_every: int = Field(default=10, ge=1)
     """Iterations between checkpoints; one is always written at the end and on an interrupt."""
-    keep: int = Field(2, ge=1)
+    keep: int = Field(default=2, ge=1)
     """Checkpoints that are kept."""
-    patience: int = Field(5, ge=0)
+    patience: int = Field(default=5, ge=0)
     """Updates in a row that may be skipped because they were not finite."""
-    sampler_cap: float = Field(2.0, gt=0)
+    sampler_cap: float = Field(default=2.0, gt=0)
     """Cap of the importance weight trainer / sampler, where a sampler's numerics differ from the trainer's."""
     skip_silent: bool = True
     """Do not evaluate trajectories that can add no gradient."""
-    ranks: int | None = Field(None, ge=1)
+    ranks: int | None = Field(default=None, ge=1)
     """Number of processes the run must have; refused if it has another."""
     sharding: Literal["none", "fsdp2"] = "none"
     """"none": every rank holds all parameters; "fsdp2": they are sharded."""

@@ -1,6 +1,7 @@
 """One process is one rank; several share the work and get what one would get."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from polopt.engine.ranks import Piece, Ranks
 from polopt.engine.sharding import full_state, layers, load_full_state
 from polopt.errors import ConfigError
 
-WORKER = Path(__file__).with_name("distributed_worker.py")
+CHECKS = Path(__file__).with_name("two_ranks")
 LAUNCHERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_MIXED_PRECISION")
 
 
@@ -29,15 +30,17 @@ def _nobody_launched(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run_on_two_ranks(kind: str, folder: Path) -> list[str]:
-    """Both processes' output of the worker's checks of one kind."""
+    """Both processes' output of one kind of checks."""
+    warnings = [] if kind == "language" else ["-W", "error"]  # transformers has some of its own
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    shared["PYTHONPATH"] = str(Path(str(polopt.__file__)).parents[1])
+    paths = [Path(__file__).parents[2], Path(str(polopt.__file__)).parents[1]]
+    shared["PYTHONPATH"] = os.pathsep.join(map(str, paths))
     processes = [
         subprocess.Popen(
-            [sys.executable, "-W", "error", str(WORKER), kind],
+            [sys.executable, *warnings, "-m", "tests.engine.two_ranks.worker", kind],
             env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -56,14 +59,12 @@ def run_on_two_ranks(kind: str, folder: Path) -> list[str]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("kind", ["replicated", "sharded"])
+@pytest.mark.parametrize("kind", ["replicated", "sharded", "language"])
 def test_two_processes_get_what_one_gets(kind: str, tmp_path: Path) -> None:
-    checks = [
-        line.removeprefix("def ").partition("(")[0]
-        for line in WORKER.read_text().splitlines()
-        if line.startswith(f"def {kind}_")
-    ]
-    assert len(checks) >= 5
+    if kind == "language":
+        pytest.importorskip("transformers")
+    checks = re.findall(r"^def (check_\w+)", (CHECKS / f"{kind}.py").read_text(), re.MULTILINE)
+    assert checks
     for output in run_on_two_ranks(kind, tmp_path):
         assert [line for line in output.splitlines() if line] == [f"passed {check}" for check in checks]
 
@@ -209,10 +210,10 @@ def test_layers_are_the_entries_of_the_outermost_lists() -> None:
             self.blocks = nn.ModuleList([nn.ModuleList([nn.Linear(2, 2), nn.Tanh()]), nn.Linear(2, 3)])
             self.head = nn.Linear(2, 3)
 
-    decoder = Decoder()
-    experts, inner = decoder.layers[1]["experts"], decoder.blocks[0]  # type: ignore[index]
+    decoder: Any = Decoder()
+    experts, inner = decoder.layers[1]["experts"], decoder.blocks[0]
     found = list(layers(nn.ModuleDict({"policy": decoder})))
-    assert found == [decoder.layers[0], experts[0], inner[0], inner[1], decoder.blocks[1]]  # type: ignore[index]
+    assert found == [decoder.layers[0], experts[0], inner[0], inner[1], decoder.blocks[1]]
 
 
 def make_model() -> tuple[nn.Module, torch.optim.Optimizer]:

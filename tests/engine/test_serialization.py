@@ -77,7 +77,7 @@ values = st.recursive(
 
 
 @given(st.dictionaries(st.from_regex(r"\A[A-Za-z0-9_-]{1,6}\Z"), values, max_size=3))
-@settings(max_examples=200)
+@settings(max_examples=100)
 def test_any_state_comes_back_as_it_was(state: dict[str, Any]) -> None:
     assert same(round_trip(state), state)
 

@@ -61,7 +61,7 @@ def hang_with_children(pids, **_):
 
 def noise(**_):
     block = "x" * 1_000_000
-    for _ in range(100):
+    for _ in range(30):
         print(block)
         sys.stderr.write(block)
         os.write(1, block.encode())
@@ -83,6 +83,7 @@ FAULTS = {
     "os._exit": lambda **_: os._exit(0),
     "killed": lambda **_: os.kill(os.getpid(), signal.SIGKILL),
     "aborted": lambda **_: os.abort(),
+    "unnamed signal": lambda **_: os.kill(os.getpid(), signal.SIGRTMIN + 5),
     "interrupt": lambda **_: (_ for _ in ()).throw(KeyboardInterrupt()),
     "closes": lambda **_: os.closerange(0, 100),
     "none": lambda **_: None,
@@ -138,6 +139,7 @@ KINDS = {
     "os._exit": "died",
     "killed": "died",
     "aborted": "died",
+    "unnamed signal": "died",
     "interrupt": "died",
     "closes": "died",
     "none": "missing",
@@ -259,6 +261,7 @@ def test_closing_leaves_no_process_and_no_open_file(file: str) -> None:
     before = set(os.listdir("/proc/self/fd"))
     pool = RewardPool([FunctionSource(file, "reward")], timeout=TIMEOUT, workers=2)
     pool.score(rows("fine", "os._exit", "fine", "hang"))
+    pool.score(rows("fine"))
     pids = worker_pids(pool)
     assert pids
     pool.close()

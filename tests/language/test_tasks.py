@@ -295,6 +295,19 @@ def test_python_functions_give_rows_and_rewards(tmp_path: Path) -> None:
         task_from_spec(f"python:{path}:rows")
 
 
+def test_every_task_takes_further_rewards(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text("def brevity(completion): return -len(completion)")
+    rewards = ["format", f"python:{path}:brevity"]
+    with task_from_spec("builtin:largest", rewards=rewards, workers=1) as task:
+        example = task.train(0)
+        scores = task.score([example.answer, ""], [example] * 2)
+    assert task.reward_names == scores.names == ("exact", "format", "brevity")
+    assert scores.rewards.tolist() == [[1, 1, -2], [0, 0, 0]]
+    with pytest.raises(ConfigError, match="cannot load function 'brevty'"):
+        task_from_spec("builtin:largest", rewards=[f"python:{path}:brevty"])
+
+
 def test_rows_without_answers_need_a_verifier_of_ones_own(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "open.jsonl", [{"prompt": f"p{i}"} for i in range(20)])
     task = task_from_spec(f"jsonl:{path}", verifier="format")

@@ -27,7 +27,7 @@ def example(answer: str) -> Example:
 
 
 def verify(spec: str, extract: str, pairs: list[tuple[str, str]], **options: float) -> list[float]:
-    with Verifier(make_graders(spec, workers=1, **options), extract) as verifier:  # type: ignore[arg-type]
+    with Verifier(make_graders([spec], workers=1, **options), extract) as verifier:  # type: ignore[arg-type]
         return verifier.score([c for c, _ in pairs], [example(a) for _, a in pairs]).rewards[:, 0].tolist()
 
 
@@ -232,7 +232,7 @@ def test_the_users_function_gets_what_it_names(tmp_path: Path) -> None:
     )
     metadata = {"level": 1, "answer": "shadowed", "prompt": "shadowed", "completion": "shadowed"}
     examples = [Example(0, "question", "ab", metadata), example("ab")]
-    graders = make_graders(f"python:{path}:brevity, python:{path}:never, exact", workers=1)
+    graders = make_graders([f"python:{path}:brevity", f"python:{path}:never", "exact"], workers=1)
     with Verifier(graders, "last_number") as verifier:
         scores = verifier.score(["x" * 20, "x" * 20], examples)
     assert scores.names == ("brevity", "never", "exact")
@@ -259,7 +259,7 @@ def test_functions_in_process_need_no_file() -> None:
 )
 def test_bad_verifiers_are_refused(spec: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        Verifier(make_graders(spec), "whole")
+        Verifier(make_graders(spec.split(",")), "whole")
 
 
 HOSTILE = [

@@ -40,7 +40,10 @@ class Flag:
     @property
     def many(self) -> bool:
         """Whether it may be given several times."""
-        return any(get_origin(kind) in (list, dict) for kind in (self.field.annotation, *get_args(self.field.annotation)))
+        return any(
+            get_origin(kind) in (list, dict)
+            for kind in (self.field.annotation, *get_args(self.field.annotation))
+        )
 
     @property
     def metavar(self) -> str:
@@ -139,7 +142,9 @@ class Parser(argparse.ArgumentParser):
         """
         found = re.fullmatch(r"argument ([^:]+): (.*)", message)
         if found and "expected one argument" in found[2]:
-            raise ConfigError(f"{found[1].split('/')[0]}: needs a value; `{self.prog} --help` lists the flags")
+            raise ConfigError(
+                f"{found[1].split('/')[0]}: needs a value; `{self.prog} --help` lists the flags"
+            )
         raise ConfigError(message)
 
     def _unknown_flag(self, flag: str) -> str:
@@ -178,8 +183,9 @@ def collect(parsed: dict[str, Any], flags: Sequence[Flag]) -> tuple[dict[str, An
             continue
         given[flag.path] = flag.name
         value = _pairs(flag.name, parsed[dest]) if flag.path == ("task_options",) else parsed[dest]
-        place = values.setdefault(flag.path[0], {}) if len(flag.path) > 1 else values
-        place[flag.path[-1]] = value
+        *section, field = flag.path
+        place = values.setdefault(section[0], {}) if section else values
+        place[field] = value
     return values, given
 
 
@@ -189,7 +195,9 @@ def merge(file: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
     for name, value in flags.items():
         if isinstance(value, dict) and name in merged:
             table = merged[name]
-            merged[name] = merge(table, value) if isinstance(table, dict) else table  # refused later, as it is
+            merged[name] = (
+                merge(table, value) if isinstance(table, dict) else table
+            )  # refused later, as it is
         else:
             merged[name] = value
     return merged

@@ -74,7 +74,9 @@ def describe_update(evaluation: Evaluation, batch: Batch, surrogate: Surrogate) 
     if evaluation.entropy is not None:
         metrics["entropy/update"] = float(masked_mean(evaluation.entropy, mask))
     if batch.ref_logp is not None:
-        metrics["kl/reference"] = float(masked_mean(kl_estimate(evaluation.logp, batch.ref_logp, mask, "k3"), mask))
+        metrics["kl/reference"] = float(
+            masked_mean(kl_estimate(evaluation.logp, batch.ref_logp, mask, "k3"), mask)
+        )
     if batch.sampler_logp is not None:
         gap = (batch.old_logp - batch.sampler_logp)[mask]
         metrics |= {"mismatch/mean": float(gap.abs().mean()), "mismatch/max": float(gap.abs().max())}
@@ -94,5 +96,7 @@ def _mean(values: Tensor) -> float:
 def average(steps: list[Metrics]) -> Metrics:
     """Mean of each metric over the steps that report it; the largest for names that end in `max`."""
     names = dict.fromkeys(name for step in steps for name in step)
-    collected = {name: torch.tensor([s[name] for s in steps if name in s], dtype=torch.float64) for name in names}
+    collected = {
+        name: torch.tensor([s[name] for s in steps if name in s], dtype=torch.float64) for name in names
+    }
     return {name: float(v.max() if name.endswith("max") else v.mean()) for name, v in collected.items()}

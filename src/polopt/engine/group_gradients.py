@@ -23,7 +23,10 @@ class Agreement:
 
 
 def backward_by_group(
-    backward: Callable[[Rows], Backward], parameters: Sequence[nn.Parameter], rows: Rows, group: Int[Tensor, " n"]
+    backward: Callable[[Rows], Backward],
+    parameters: Sequence[nn.Parameter],
+    rows: Rows,
+    group: Int[Tensor, " n"],
 ) -> tuple[Backward, Agreement]:
     """Run `backward` on the rows of each group alone; the parameters' `.grad` hold the sum afterwards.
 

@@ -67,7 +67,7 @@ class ProgressReporter:
         """Show scores, samples and where the results are."""
         self._stop_bar()
         before, after = summary["before"], summary["after"]
-        self.console.print(score_table(before, after))
+        self.console.print(score_table({"before": before, "after": after} if after else {"before": before}))
         if samples := list(zip(before.get("samples", []), after.get("samples", []), strict=False)):
             self.console.print(sample_table(samples))
         if "out" in summary:
@@ -94,15 +94,12 @@ def describe_iteration(metrics: dict[str, float], seconds_left: float) -> str:
     return "  ".join(parts)
 
 
-def score_table(before: dict[str, Any], after: dict[str, Any]) -> Table:
-    """Every statistic of the held-out split with its 95 % interval; `after` may be empty."""
-    table = Table("Held-out split", "before", title="Means with 95 % intervals", title_justify="left")
-    columns = [before]
-    if after:
-        table.add_column("after")
-        columns.append(after)
-    for name in [name for name in before if f"{name}/low" in before]:
-        table.add_row(Text(name), *(Text(_with_interval(scores, name)) for scores in columns))
+def score_table(columns: dict[str, dict[str, Any]], title: str = "Held-out split") -> Table:
+    """Every statistic of the held-out split with its 95 % interval, by column."""
+    table = Table("mean with 95 % interval", *columns, title=title, title_justify="left")
+    names = dict.fromkeys(name for scores in columns.values() for name in scores if f"{name}/low" in scores)
+    for name in names:
+        table.add_row(Text(name), *(Text(_with_interval(scores, name)) for scores in columns.values()))
     return table
 
 
@@ -150,5 +147,7 @@ def _tail(text: str) -> str:
 
 
 def _with_interval(scores: dict[str, Any], name: str) -> str:
+    if name not in scores:
+        return "-"
     low, high = scores[f"{name}/low"], scores[f"{name}/high"]
     return f"{scores[name]:.3f} [{low:.3f}, {high:.3f}]"

@@ -58,7 +58,12 @@ class Record:
     """
 
     def __init__(
-        self, out: Path | str | None, description: dict[str, Any], keep: int, reporters: Sequence[Reporter], ranks: Ranks
+        self,
+        out: Path | str | None,
+        description: dict[str, Any],
+        keep: int,
+        reporters: Sequence[Reporter],
+        ranks: Ranks,
     ) -> None:
         self.out = None if out is None else Path(out)
         self.description, self.keep, self.ranks = description, keep, ranks
@@ -101,7 +106,9 @@ class Record:
         if self.folder is not None:
             checkpoint.save(self.folder.checkpoints, state, keep=self.keep, fingerprint=self.fingerprint)
 
-    def finish(self, iteration: int, before: dict[str, Any], after: dict[str, Any], interrupted: bool) -> dict[str, Any]:
+    def finish(
+        self, iteration: int, before: dict[str, Any], after: dict[str, Any], interrupted: bool
+    ) -> dict[str, Any]:
         """The summary, written and returned."""
         summary = {"iteration": iteration, "before": before, "after": after, "interrupted": interrupted}
         if self.out is not None:
@@ -124,5 +131,7 @@ class Record:
 
 
 def _without_length(description: dict[str, Any]) -> dict[str, Any]:
-    trainer = {k: v for k, v in description.get("trainer", {}).items() if k not in ("iterations", "keep", "ranks")}
+    trainer = {
+        k: v for k, v in description.get("trainer", {}).items() if k not in ("iterations", "keep", "ranks")
+    }
     return {k: v for k, v in description.items() if k not in ("out", "trackers")} | {"trainer": trainer}

@@ -18,10 +18,15 @@ Estimator = Literal["k1", "k2", "k3"]
 
 
 def kl_estimate(
-    logp: Float[Tensor, "N T"], ref_logp: Float[Tensor, "N T"], mask: Bool[Tensor, "N T"], estimator: Estimator = "k3"
+    logp: Float[Tensor, "N T"],
+    ref_logp: Float[Tensor, "N T"],
+    mask: Bool[Tensor, "N T"],
+    estimator: Estimator = "k3",
 ) -> Float[Tensor, "N T"]:
     """KL estimate of each decision in nats, 0 outside the mask. `ref_logp` is constant for the gradient."""
-    x = (zero_outside(ref_logp.detach(), mask) - zero_outside(logp, mask)).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+    x = (zero_outside(ref_logp.detach(), mask) - zero_outside(logp, mask)).clamp(
+        -LOG_RATIO_BOUND, LOG_RATIO_BOUND
+    )
     match estimator:
         case "k1":
             return -x

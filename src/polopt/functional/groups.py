@@ -28,7 +28,8 @@ class Groups:
 
     def sum(self, values: Float[Tensor, "N *k"]) -> Float[Tensor, "P *k"]:
         """Sum of each group, float64."""
-        return values.new_zeros(len(self.size), *values.shape[1:], dtype=torch.float64).index_add_(0, self.index, values.double())
+        total = values.new_zeros(len(self.size), *values.shape[1:], dtype=torch.float64)
+        return total.index_add_(0, self.index, values.double())
 
     def min(self, values: Float[Tensor, "N *k"]) -> Float[Tensor, "P *k"]:
         """Minimum of each group, float64."""
@@ -54,7 +55,7 @@ class Groups:
         return (squares / self._column((self.size - int(unbiased)).clamp(min=1), squares)).sqrt()
 
     def leave_one_out(self, values: Float[Tensor, "N *k"]) -> Float[Tensor, "N *k"]:
-        """Deviation of each value from the mean of its group's others, float64; exactly 0 in a constant group or one of 1."""
+        """Deviation from the mean of the group's other members, float64; exactly 0 in a constant group."""
         size = self._column(self.size, values)[self.index]
         return self.centre(values) * size / (size - 1).clamp(min=1)
 

@@ -25,7 +25,9 @@ def row_mean(values: Float[Tensor, "N T"], mask: Bool[Tensor, "N T"]) -> Float[T
     return masked_sum(values, mask) / mask.sum(-1).clamp(min=1)
 
 
-def standardize(values: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"], eps: float = 1e-8) -> Float[Tensor, "*shape"]:
+def standardize(
+    values: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"], eps: float = 1e-8
+) -> Float[Tensor, "*shape"]:
     """(values - mean) / (biased std + eps) over all decisions that count, 0 elsewhere; exactly 0 if all are equal."""
     if not bool(mask.any()):
         return torch.zeros_like(values)

@@ -11,14 +11,20 @@ LOG_RATIO_BOUND = 20.0
 
 
 def log_ratio(
-    logp: Float[Tensor, "N T"], old_logp: Float[Tensor, "N T"], mask: Bool[Tensor, "N T"], bound: float = LOG_RATIO_BOUND
+    logp: Float[Tensor, "N T"],
+    old_logp: Float[Tensor, "N T"],
+    mask: Bool[Tensor, "N T"],
+    bound: float = LOG_RATIO_BOUND,
 ) -> Float[Tensor, "N T"]:
     """log pi(a|s) - log pi_old(a|s) in nats, clamped to [-bound, bound]; 0 outside the mask. `old_logp` is constant."""
     return (zero_outside(logp, mask) - zero_outside(old_logp.detach(), mask)).clamp(-bound, bound)
 
 
 def sequence_log_ratio(
-    logp: Float[Tensor, "N T"], old_logp: Float[Tensor, "N T"], mask: Bool[Tensor, "N T"], bound: float = LOG_RATIO_BOUND
+    logp: Float[Tensor, "N T"],
+    old_logp: Float[Tensor, "N T"],
+    mask: Bool[Tensor, "N T"],
+    bound: float = LOG_RATIO_BOUND,
 ) -> Float[Tensor, "N 1"]:
     """Length-normalised log-ratio of each trajectory: the mean over its decisions (GSPO, arXiv 2507.18071, eq. 7)."""
     difference = zero_outside(logp, mask) - zero_outside(old_logp.detach(), mask)
@@ -26,16 +32,19 @@ def sequence_log_ratio(
 
 
 def clipped_surrogate(
-    ratio: Float[Tensor, "N T"], advantages: Float[Tensor, "N T"], clip_low: float | Tensor, clip_high: float | Tensor
+    ratio: Float[Tensor, "N T"],
+    advantages: Float[Tensor, "N T"],
+    clip_low: float | Tensor,
+    clip_high: float | Tensor,
 ) -> Float[Tensor, "N T"]:
     """max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)): the PPO loss of each decision (arXiv 1707.06347, eq. 7)."""
-    return torch.maximum(-advantages * ratio, -advantages * torch.clamp(ratio, 1 - clip_low, 1 + clip_high))
+    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_low, 1 + clip_high))
 
 
 def dual_clipped(
     loss: Float[Tensor, "N T"], advantages: Float[Tensor, "N T"], dual_clip: float | None
 ) -> Float[Tensor, "N T"]:
-    """`loss` bounded above by -A * dual_clip where A < 0 (arXiv 1912.09729, eq. 5); unchanged if `dual_clip` is None."""
+    """`loss`, where A < 0 at most -A * dual_clip (arXiv 1912.09729, eq. 5); as it is if `dual_clip` is None."""
     if dual_clip is None:
         return loss
     return torch.where(advantages < 0, torch.minimum(loss, -advantages * dual_clip), loss)

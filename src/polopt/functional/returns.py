@@ -24,8 +24,8 @@ def generalized_advantages(
 ) -> Float[Tensor, "N T"]:
     r"""Generalised advantage estimation (Schulman et al., arXiv 1506.02438, eq. 16), skipping masked steps.
 
-    $A_t = \delta_t + \gamma\lambda A_{t+1}$, $\delta_t = r_t + \gamma V_{t+1} - V_t$, where t+1 is the trajectory's next
-    decision that counts and V after the last one is `last_value` (0 where the trajectory terminated).
+    $A_t = \delta_t + \gamma\lambda A_{t+1}$, $\delta_t = r_t + \gamma V_{t+1} - V_t$, where t+1 is the
+    trajectory's next decision that counts and V after the last one is `last_value` (0 where it terminated).
 
     Returns:
         Advantages [N, T] in reward units, 0 outside the mask.
@@ -42,7 +42,9 @@ def generalized_advantages(
     return zero_outside(torch.stack(columns[::-1], 1), mask) if columns else torch.zeros_like(rewards)
 
 
-def rewards_to_go(rewards: Float[Tensor, "N T"], mask: Bool[Tensor, "N T"], gamma: float = 1.0) -> Float[Tensor, "N T"]:
+def rewards_to_go(
+    rewards: Float[Tensor, "N T"], mask: Bool[Tensor, "N T"], gamma: float = 1.0
+) -> Float[Tensor, "N T"]:
     """Discounted sum of the rewards from each decision on, 0 outside the mask."""
     nothing = torch.zeros_like(rewards)
     return generalized_advantages(rewards, nothing, nothing[:, 0], mask, gamma, 1.0)

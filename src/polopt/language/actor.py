@@ -4,7 +4,6 @@ import hashlib
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -18,9 +17,9 @@ from polopt.language.config import LanguageConfig
 from polopt.language.evaluation import evaluate_completions, micro_batches
 from polopt.language.model import LanguageModel, Lora, load_language_model
 from polopt.language.prompts import encode_prompt
-from polopt.language.sampler import CompletionSampler, Completions, SamplingConfig
+from polopt.language.sampler import Completions, CompletionSampler, SamplingConfig
 from polopt.language.scoring import score_statistics
-from polopt.language.tasks import Example, LanguageTask
+from polopt.language.tasks import LanguageTask
 
 LARGE_MODEL = 10_000_000
 """Parameters from which "auto" precision is bfloat16."""

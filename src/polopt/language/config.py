@@ -35,7 +35,7 @@ class LanguageConfig(Settings):
     """Longest completion in tokens."""
     score_temperature: float = Field(0.0, ge=0)
     """Temperature of held-out scores; 0: greedy."""
-    micro_batch_tokens: int = Field(2048, ge=1)
+    micro_batch_tokens: int = Field(1024, ge=1)
     """Tokens evaluated at once with gradient; bounds memory, never changes the result."""
     sampler_rows: int = Field(256, ge=1)
     """Completions decoded at once."""

@@ -42,8 +42,8 @@ def draw_tokens(
 ) -> Draw:
     """Draw one token for each row.
 
-    Top-k keeps the k likeliest tokens, top-p then the smallest set of likeliest ones with at least that share of what is
-    left; tokens exactly as likely as the least likely of those kept are kept with it.
+    Top-k keeps the k likeliest tokens, top-p then the fewest likeliest ones with at least that share of what is left;
+    tokens exactly as likely as the least likely of those are kept with them.
 
     Args:
         logits: any floating point type; minus infinity is a token of probability 0.
@@ -86,7 +86,7 @@ def invert_cdf(weights: Float[Tensor, "N W"], uniforms: Float[Tensor, " N"]) -> 
 
 
 def _first_above(cumulative: Float[Tensor, "N B"], target: Float[Tensor, "N 1"]) -> Int[Tensor, "N 1"]:
-    """First index whose cumulative weight is above the target, taking a target above them all as just below the last."""
+    """First index whose cumulative weight is above the target; a target above them all counts as just below the last."""
     last = cumulative[:, -1:]
     target = torch.minimum(target, torch.nextafter(last, torch.zeros_like(last)))
     return torch.searchsorted(cumulative, target, right=True)

@@ -60,7 +60,9 @@ def evaluate_completions(
     if not batch.mask.numel():
         return Evaluation(logp=torch.zeros(batch.mask.shape, device=batch.mask.device))
     if "tempered_logp" in requires and tempered is None:
-        raise ConfigError("tempered_logp: needs its temperature, the option 'temperature' of the part that requires it")
+        raise ConfigError(
+            "tempered_logp: needs its temperature, the option 'temperature' of the part that requires it"
+        )
     if requires & {"kept_logits", "kept_rows"} and not kept:
         raise ConfigError("kept_logits: needs their number, the option 'kept' of the part that requires them")
     if "value" in requires and value_head is None:
@@ -79,7 +81,10 @@ def evaluate_completions(
     packing = pack(batch)
     with _attention(decoder.config, ATTENTION):
         states = decoder(
-            input_ids=packing.tokens[None], position_ids=packing.positions[None], use_cache=False, packing=packing
+            input_ids=packing.tokens[None],
+            position_ids=packing.positions[None],
+            use_cache=False,
+            packing=packing,
         ).last_hidden_state
     hidden = states[0].index_select(0, packing.states)
     output = evaluate_head(hidden, full(head.weight), full(head.bias), packing.state, packing.action, options)
@@ -169,7 +174,9 @@ def check_model(model: Any) -> None:
         rewards=torch.zeros(len(tokens), 1),
         group=torch.tensor([0, 0, 1]),
         prompt_id=torch.tensor([0, 0, 1]),
-        payload=TensorDict({"prompt": prompts, "prompt_length": torch.tensor([3, 3, 2]), "tokens": tokens}, [3]),
+        payload=TensorDict(
+            {"prompt": prompts, "prompt_length": torch.tensor([3, 3, 2]), "tokens": tokens}, [3]
+        ),
         batch_size=[3],
     )
     with torch.no_grad():

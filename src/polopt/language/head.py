@@ -128,7 +128,9 @@ class _Head(torch.autograd.Function):
                 else:
                     scaled.add_(entropy[block, None]).mul_(grads[2][block, None]).add_(of_state[block, None])
                     of_logits.mul_(scaled.neg_())
-                of_logits.index_put_((state[mine] - block.start, action[mine]), of_logp[mine], accumulate=True)
+                of_logits.index_put_(
+                    (state[mine] - block.start, action[mine]), of_logp[mine], accumulate=True
+                )
                 part.copy_(of_logits.mul_(slope))
             of_hidden[rows] = (logits @ layer.weight).to(hidden.dtype)
             if of_weight is not None:
@@ -155,9 +157,7 @@ def _slices(start: int, stop: int, size: int) -> list[slice]:
     return [slice(i, min(i + size, stop)) for i in range(start, max(stop, start + 1), size)]
 
 
-def _blocks(
-    rows: slice, logits: Float[Tensor, "m V"], state: Int[Tensor, " D"]
-) -> list[tuple[slice, slice]]:
+def _blocks(rows: slice, logits: Float[Tensor, "m V"], state: Int[Tensor, " D"]) -> list[tuple[slice, slice]]:
     """Blocks of the states in `rows`, each with the decisions that were made in them."""
     blocks = _slices(rows.start, rows.stop, max(1, BLOCK // logits.shape[1]))
     borders = torch.tensor([block.start for block in blocks] + [rows.stop], device=state.device)

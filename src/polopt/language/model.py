@@ -157,7 +157,9 @@ def _packaged_gguf() -> Path:
     for place in package.submodule_search_locations or () if package else ():
         for file in sorted(Path(place).glob("*.gguf")):
             return file
-    raise MissingExtraError(f"model = {SMOLLM2!r}: the package of its weights is not installed: {SMOLLM2_INSTALL}")
+    raise MissingExtraError(
+        f"model = {SMOLLM2!r}: the package of its weights is not installed: {SMOLLM2_INSTALL}"
+    )
 
 
 def _convert(gguf: Path, directory: Path) -> None:
@@ -223,7 +225,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _choices(spec: str) -> str:
-    near = get_close_matches(spec.split(":")[0], [SMOLLM2, "tiny:2x64"], 1, cutoff=0.5)
+    near = get_close_matches(spec.split(":", maxsplit=1)[0], [SMOLLM2, "tiny:2x64"], 1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return f"{hint}allowed: a directory, a hub id, {SMOLLM2!r}, 'tiny:LAYERSxWIDTH'"
 
@@ -246,9 +248,7 @@ def _adapt(model: nn.Module, lora: Lora, seed: int) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
-    config = LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, task_type="CAUSAL_LM"
-    )
+    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, task_type="CAUSAL_LM")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:

@@ -102,7 +102,10 @@ def pack(batch: Batch) -> Packing:
     prompts = prompt_at, prompt_own, prompt_position
     segments = [_segment(prompt_own, prompt_position, *prompts)]
     if len(some := seen.nonzero()[:, 0]):
-        behind = [torch.cat([t[prompt_of[some]], u[some]], 1) for t, u in zip(prompts, (at, own, position), strict=True)]
+        behind = [
+            torch.cat([t[prompt_of[some]], u[some]], 1)
+            for t, u in zip(prompts, (at, own, position), strict=True)
+        ]
         segments.append(_segment(own[some], position[some], *behind))
     chosen, column = mask[rows].nonzero().unbind(1)
     state = torch.cat([prompt_at[prompt_of, -1:], at], 1)[chosen, column]
@@ -180,7 +183,9 @@ def packed_attention(
     unknown = [name for name in ("s_aux", "position_bias") if others.get(name) is not None]
     if packing is None or unknown or others.get("dropout"):
         lacking = unknown or ["dropout"] if packing is not None else ["attention arguments"]
-        raise ConfigError(f"model {type(module).__name__}: packed attention does not support its {lacking[0]}")
+        raise ConfigError(
+            f"model {type(module).__name__}: packed attention does not support its {lacking[0]}"
+        )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     parts = (t[0].transpose(0, 1) for t in (query, key, value))
     dtype = value.dtype
@@ -211,12 +216,18 @@ class _PackedAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
         exact = torch.promote_types(key.dtype, torch.float32)
-        of_query, of_key, of_value = [], torch.zeros_like(key, dtype=exact), torch.zeros_like(value, dtype=exact)
+        of_query, of_key, of_value = (
+            [],
+            torch.zeros_like(key, dtype=exact),
+            torch.zeros_like(value, dtype=exact),
+        )
         with torch.autocast(query.device.type, enabled=False):
             for (segment, part), (_, grad) in zip(
                 _split(query, ctx.segments), _split(grads[0], ctx.segments), strict=True
             ):
-                found = _Rows(segment, part, key, value, *ctx.options).backward(segment.pad(grad, key.shape[1]))
+                found = _Rows(segment, part, key, value, *ctx.options).backward(
+                    segment.pad(grad, key.shape[1])
+                )
                 of_query.append(segment.unpad(found[0]))
                 for total, rows in zip((of_key, of_value), found[1:], strict=True):
                     total.index_add_(0, segment.keys.flatten(), rows.transpose(1, 2).flatten(0, 1).to(exact))
@@ -259,7 +270,9 @@ class _Rows:
     def backward(self, grad: Float[Tensor, "B Hk RQ F"]) -> tuple[Tensor, Tensor, Tensor]:
         """Derivatives of query, key and value, given that of `attention @ value`."""
         attention = self.attention
-        of_scores = torch._softmax_backward_data(grad @ self.value.transpose(2, 3), attention, -1, attention.dtype)
+        of_scores = torch._softmax_backward_data(
+            grad @ self.value.transpose(2, 3), attention, -1, attention.dtype
+        )
         if self.softcap:
             of_scores = of_scores * self.slope
         of_query = (of_scores @ self.key).mul_(self.scale)

@@ -1,9 +1,9 @@
 """Keys and values of completions that share their prompts: a prompt is stored once for all rows that continue it.
 
-The cache is the model's attention function (transformers' `AttentionInterface`), so every model that attends through that
-interface works as it is. The tokens of a forward pass are one packed sequence [1, S]: first all tokens of the prompts, then
-one token of each row, which attends to its prompt in one matrix product with the other rows of that prompt, and to its
-own earlier tokens.
+The cache is the model's attention function (transformers' `AttentionInterface`), so every model that attends through it
+works as it is. The tokens of a forward pass are one packed sequence [1, S]: first all tokens of the prompts, then one
+token of each row, which attends to its prompt in one matrix product with the other rows of that prompt, and to its own
+earlier tokens.
 """
 
 from collections.abc import Iterator
@@ -45,7 +45,7 @@ class Layer:
     def append(
         self, key: Float[Tensor, "R h d"], value: Float[Tensor, "R h e"], step: int
     ) -> tuple[Float[Tensor, "Rh T d"], Float[Tensor, "Rh T e"]]:
-        """Store the rows' keys and values number `step`; the whole memory of these rows, zeros where nothing is stored yet."""
+        """Store the rows' keys and values number `step`; all memory of these rows, zeros where nothing is stored yet."""
         if self.keys is None or self.values is None:
             self.keys, self.values = (_extended(x.unsqueeze(2)[:, :, :0], SUFFIX_BLOCK) for x in (key, value))
         elif step == self.keys.shape[2]:
@@ -65,8 +65,8 @@ class Layer:
 class PrefixCache:
     """The attention of the rows that continue some prompts.
 
-    First `read_prompts` before each forward pass over some of the prompts, then `begin_rows`, then for each token of the
-    rows one forward pass and `advance`.
+    First `read_prompts` and a forward pass for some prompts after the other, then `begin_rows`, then one forward pass and
+    `advance` for each token of the rows.
 
     Args:
         lengths: tokens of each prompt, all positive.
@@ -79,6 +79,7 @@ class PrefixCache:
         self.layers: dict[int, Layer] = {}
         self.steps = 0
         self._reading: slice | None = None
+        self._biases: dict[int | None, Tensor] = {}
 
     @contextmanager
     def attention_of(self, model: nn.Module) -> Iterator[None]:
@@ -111,7 +112,7 @@ class PrefixCache:
         return columns.expand_as(self._present)[self._present], lengths.cumsum(0) - 1
 
     def begin_rows(self, owner: Int[Tensor, " R"]) -> None:
-        """All prompts are read; expect one token of each row in the next forward passes, row i continuing prompt `owner[i]`.
+        """All prompts are read; expect one token of each row from now on, row i continuing prompt `owner[i]`.
 
         The rows of a prompt are padded to those of the prompt with the most, so a prompt with more than the average is
         stored more than once, its rows divided among the copies: then padding at most doubles the work.
@@ -182,32 +183,27 @@ class PrefixCache:
     def _attend_rows(
         self, layer: Layer, query: Tensor, key: Tensor, value: Tensor, rule: Rule
     ) -> Float[Tensor, "R H e"]:
-        rows, heads, groups, length = (
-            query.shape[1],
-            key.shape[0],
-            query.shape[0] // key.shape[0],
-            self.longest,
-        )
+        rows, heads, groups = query.shape[1], key.shape[0], query.shape[0] // key.shape[0]
         keys, values = layer.append(key.transpose(0, 1), value.transpose(0, 1), self.steps)
-        query = (query.transpose(0, 1) * rule.scaling).reshape(rows * heads, groups, -1)
+        query = query.transpose(0, 1).reshape(rows * heads, groups, -1)
         seats, places = self._seats[heads], self._places[heads]
 
         def prefix_product(
-            x: Float[Tensor, "Rh g x"], stored: Float[Tensor, "Ph x y"]
+            x: Float[Tensor, "Rh g xt"], stored: Float[Tensor, "Ph x y"]
         ) -> Float[Tensor, "Rh g y"]:
             seated = x.index_select(0, seats).view(len(stored), -1, x.shape[-1])
-            product = torch.bmm(seated, stored)
+            product = torch.bmm(seated[..., : stored.shape[1]], stored)
             return product.view(len(seats), groups, -1).index_select(0, places)
 
         prefix = prefix_product(query, layer.prefix_keys.flatten(0, 1).transpose(1, 2))
-        scores = torch.cat([prefix, torch.bmm(query, keys.transpose(1, 2))], -1)
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        if rule.softcap is not None:
-            scores = rule.softcap * torch.tanh(scores / rule.softcap)
-        scores.view(rows, heads * groups, -1).add_(self._bias(rule.window, keys.shape[1]))
-        weights = scores.softmax(-1).to(values.dtype)
-        output = prefix_product(weights[..., :length], layer.prefix_values.flatten(0, 1))
-        output += torch.bmm(weights[..., length:], values)
+        scores = torch.cat([prefix, torch.bmm(query, keys.transpose(1, 2))], -1).view(
+            rows, heads * groups, -1
+        )
+        scores, scaling = _softcapped(scores, rule)
+        scores = torch.add(self._bias(rule.window, keys.shape[1]), scores, alpha=scaling)
+        weights = scores.softmax(-1).to(values.dtype).view(rows * heads, groups, -1)
+        output = prefix_product(weights, layer.prefix_values.flatten(0, 1))
+        output += torch.bmm(weights[..., self.longest :], values)
         return output.view(rows, heads * groups, -1)
 
     def _select(self, prompts: Int[Tensor, " p"]) -> None:
@@ -231,13 +227,7 @@ class PrefixCache:
             self._places[heads], self._seats[heads] = places, seats
 
     def _bias(self, window: int | None, size: int) -> Float[Tensor, "R 1 LT"]:
-        """0 for keys that a row may see, -inf for the padding of its prompt, what is not stored yet and what lies before
-        the window.
-
-        Args:
-            window: of the layer.
-            size: tokens of a row that there is memory for.
-        """
+        """0 for keys that a row may see; -inf for padding, unused memory and what lies before the window."""
         if window not in self._biases:
             lengths = self.lengths[self._owner].unsqueeze(1)
             columns = torch.arange(self.longest, device=lengths.device).expand(len(lengths), -1)
@@ -263,26 +253,31 @@ def _rank(owner: Int[Tensor, " R"], prompts: int) -> Int[Tensor, " R"]:
     )
 
 
-def _causal_attention(query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Float[Tensor, "p H L e"]:
+def _causal_attention(
+    query: Float[Tensor, "p H L d"],
+    key: Float[Tensor, "p h L d"],
+    value: Float[Tensor, "p h L e"],
+    rule: Rule,
+) -> Float[Tensor, "p H L e"]:
     length, groups = query.shape[2], query.shape[1] // key.shape[1]
-    offset = torch.arange(length, device=query.device)
-    offset = offset.unsqueeze(1) - offset
-    seen = (offset >= 0) if rule.window is None else (offset >= 0) & (offset < rule.window)
-    if rule.softcap is None:
-        causal = rule.window is None or length <= rule.window
+    if rule.softcap is None and (rule.window is None or length <= rule.window):
         return nn.functional.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            None if causal else seen,
-            is_causal=causal,
-            scale=rule.scaling,
-            enable_gqa=groups > 1,
+            query, key, value, is_causal=True, scale=rule.scaling, enable_gqa=groups > 1
         )
-    scores = torch.matmul(query.unflatten(1, (-1, groups)) * rule.scaling, key.unsqueeze(2).transpose(-1, -2))
-    scores = rule.softcap * torch.tanh(scores / rule.softcap)
-    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    columns = torch.arange(length, device=query.device)
+    back = columns.unsqueeze(1) - columns
+    seen = (back >= 0) & (back < (rule.window or length))
+    scores = torch.matmul(query.unflatten(1, (-1, groups)), key.unsqueeze(2).transpose(-1, -2))
+    scores, scaling = _softcapped(scores, rule)
+    weights = (scores * scaling).masked_fill(~seen, -torch.inf).softmax(-1)
     return torch.matmul(weights, value.unsqueeze(2)).flatten(1, 2)
+
+
+def _softcapped(scores: Float[Tensor, "..."], rule: Rule) -> tuple[Float[Tensor, "..."], float]:
+    """Scores, and what is left to scale them by."""
+    if rule.softcap is None:
+        return scores, rule.scaling
+    return rule.softcap * torch.tanh(scores * (rule.scaling / rule.softcap)), 1.0
 
 
 def _attention(

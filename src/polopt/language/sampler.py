@@ -1,8 +1,8 @@
 """Sampling completions from a Hugging Face causal language model.
 
-Every prompt is read once; its keys and values are shared by all its completions, and completions that are finished leave
-the batch. The random numbers come from outside, one for each row and token, so what a row samples does not depend on the
-rows it is sampled with.
+Every prompt is read once and shared by all its completions; completions that are finished leave the batch. The random
+numbers come from outside, one for each row and token, so what a row samples does not depend on the rows it is sampled
+with.
 """
 
 import inspect
@@ -66,7 +66,7 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class Completions:
-    """Sampled completions, T = `max_new_tokens`: those of prompt 0 first, then those of prompt 1, ... Zeros outside `mask`."""
+    """N completions of at most T tokens: first those of prompt 0, then those of prompt 1, ... Zeros outside `mask`."""
 
     tokens: Int[Tensor, "N T"]
     """Drawn tokens, with the one that ended the completion."""
@@ -88,8 +88,9 @@ class CompletionSampler:
     Args:
         model: a causal language model of transformers, or a PEFT model around one.
         tokenizer: its tokenizer: names the end-of-sequence token and decodes for stop strings.
-        dtype: None samples with the model itself. A dtype samples with a copy of the model in it, which `refresh` brings
-            up to date and which is faster on CPUs even in the model's own dtype; then the model may be sharded later.
+        dtype: None samples with the model itself. A dtype samples with a copy of the model in that dtype, which
+            `refresh` brings up to date, and which is faster on CPUs even in the model's own dtype. Only then may the
+            model be sharded over ranks afterwards.
         max_rows: completions sampled at once; bounds memory.
 
     Raises:
@@ -128,7 +129,7 @@ class CompletionSampler:
             uniforms: numbers in [0, 1], one for each row and token; they alone decide what is drawn.
 
         Raises:
-            ConfigError: shapes do not agree, a prompt is empty, or prompt and completion are longer than the model can take.
+            ConfigError: shapes do not agree, a prompt is empty, or the model has too few positions.
             PoloptError: the model's logits are not finite.
         """
         _check_call(self.model, prompts, counts, config, uniforms)
@@ -290,8 +291,8 @@ def _check_call(
     limit = getattr(_config(model), "max_position_embeddings", None) or longest
     if longest > limit:
         raise ConfigError(
-            f"max_new_tokens = {config.max_new_tokens}: with the longest prompt {longest} tokens, but the model has {limit} "
-            "positions; shorten the prompts or the completions"
+            f"max_new_tokens = {config.max_new_tokens}: with the longest prompt {longest} tokens, but the model has "
+            f"{limit} positions; shorten the prompts or the completions"
         )
     for i, prompt in enumerate(prompts):
         if not prompt:

@@ -26,6 +26,14 @@ class TaskOptions(Settings):
     extract: str | None = None
     """Where the final answer is: last_number, first_line, whole, boxed, tag:NAME or regex:PATTERN. By default the first
     line for "few_shot", tag:answer for "chat", the last number or the whole for "plain"."""
+    rewards: tuple[str, ...] = ()
+    """Further rewards beside the task's own, one column each: python:FILE:FUNCTION, or a verifier's name."""
+    timeout: float = Field(10.0, gt=0)
+    """Seconds that scoring one completion may take in a worker process."""
+    workers: int | None = Field(None, ge=1)
+    """Scoring processes; as many as there are processors (at most 8) by default."""
+    in_process: bool = False
+    """Call reward functions of your own in the training process: quick, but a hang or crash there ends the run."""
 
 
 class BuiltinOptions(TaskOptions):
@@ -52,10 +60,6 @@ class ReasoningGymOptions(TaskOptions):
     """Held-out questions."""
     partial_credit: bool = False
     """Graded scores of the generator's scorer; otherwise full marks are 1 and all else is 0."""
-    timeout: float = Field(10.0, gt=0)
-    """Seconds that scoring one answer may take."""
-    workers: int | None = Field(None, ge=1)
-    """Scoring processes; as many as there are processors (at most 8) by default."""
 
 
 class RowOptions(TaskOptions):
@@ -76,12 +80,6 @@ class RowOptions(TaskOptions):
     """Absolute tolerance of the verifier "numeric"."""
     rel_tol: float = Field(0.0, ge=0)
     """Tolerance of the verifier "numeric" relative to the reference."""
-    timeout: float = Field(10.0, gt=0)
-    """Seconds that scoring one completion may take in a worker process."""
-    workers: int | None = Field(None, ge=1)
-    """Scoring processes; as many as there are processors (at most 8) by default."""
-    in_process: bool = False
-    """Call reward functions of your own in the training process: quick, but a hang or crash there ends the run."""
 
     def refuse_fraction_beside(self, heldout: str) -> Self:
         """Raise ValueError if the held-out rows are both given and to be split off."""
@@ -175,6 +173,8 @@ def describe_fields(model: type[TaskOptions]) -> list[dict[str, Any]]:
     return described
 
 
-def plain(value: Any) -> str | int | float | bool | None:
+def plain(value: Any) -> Any:
     """A value as JSON."""
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
     return value if isinstance(value, str | int | float | bool | None) else str(value)

@@ -18,7 +18,7 @@ from typing import Any
 from polopt.errors import ConfigError
 from polopt.language.builtin_tasks import BUILTINS
 from polopt.language.examples import Example, GeneratedExamples, ListedExamples, indices_needed
-from polopt.language.graders import Exact, ReasoningGym, require
+from polopt.language.graders import Exact, Grader, ReasoningGym, require
 from polopt.language.rows import Rows, call_rows, load_rows_function, read_dataset, read_jsonl, to_examples
 from polopt.language.task import LanguageTask, Style, stop_strings
 from polopt.language.task_options import (
@@ -134,7 +134,7 @@ def _builtin(spec: str, name: str, options: dict[str, Any]) -> LanguageTask:
         heldout_size=chosen.heldout_size or max(1, min(64, different // 4)),
         shots=_shots(chosen, chosen.style),
     )
-    verifier = Verifier([Exact()], _extract(chosen, chosen.style, examples.shots))
+    verifier = _verifier([Exact()], chosen, chosen.style, examples.shots)
     return _task(spec, examples, verifier, chosen, chosen.style)
 
 
@@ -185,7 +185,7 @@ def _reasoning_gym(spec: str, name: str, options: dict[str, Any]) -> LanguageTas
             f"{spec}.style = 'few_shot': there are no reference answers to demonstrate; use 'chat'"
         )
     grader = ReasoningGym(name, arguments, chosen.partial_credit, chosen.timeout, chosen.workers)
-    verifier = Verifier([grader], _extract(chosen, chosen.style, examples.shots), chosen.timeout)
+    verifier = _verifier([grader], chosen, chosen.style, examples.shots)
     return _task(spec, examples, verifier, chosen, chosen.style)
 
 
@@ -211,14 +211,8 @@ def _python(spec: str, name: str, options: dict[str, Any]) -> LanguageTask:
 
 
 def _from_rows(spec: str, rows: Rows, heldout: Rows | None, chosen: RowOptions) -> LanguageTask:
-    graders = make_graders(
-        chosen.verifier,
-        abs_tol=chosen.abs_tol,
-        rel_tol=chosen.rel_tol,
-        timeout=chosen.timeout,
-        workers=chosen.workers,
-        in_process=chosen.in_process,
-    )
+    names = [name.strip() for name in chosen.verifier.split(",")]
+    graders = make_graders(names, abs_tol=chosen.abs_tol, rel_tol=chosen.rel_tol, **_supervision(chosen))
     columns = (chosen.prompt_column, chosen.answer_column, any(grader.needs_answer for grader in graders))
     train = to_examples(rows, spec, *columns)
     chat = not isinstance(train[0].prompt, str)
@@ -233,7 +227,7 @@ def _from_rows(spec: str, rows: Rows, heldout: Rows | None, chosen: RowOptions) 
         shots=_shots(chosen, style),
         seed=chosen.seed,
     )
-    verifier = Verifier(graders, _extract(chosen, style, examples.shots), chosen.timeout)
+    verifier = _verifier(graders, chosen, style, examples.shots)
     for example in islice(
         chain(map(examples.heldout, range(examples.heldout_size)), train), _CHECKED_ANSWERS
     ):
@@ -247,6 +241,17 @@ def _shots(options: TaskOptions, style: Style) -> int:
             f"shots = {options.shots}: has no effect in the style {style!r}; only 'few_shot' has any"
         )
     return options.shots if style == "few_shot" else 0
+
+
+def _verifier(
+    graders: Sequence[Grader], options: TaskOptions, style: Style, shots: Sequence[Example]
+) -> Verifier:
+    further = make_graders(options.rewards, **_supervision(options))
+    return Verifier([*graders, *further], _extract(options, style, shots), options.timeout)
+
+
+def _supervision(options: TaskOptions) -> dict[str, Any]:
+    return {"timeout": options.timeout, "workers": options.workers, "in_process": options.in_process}
 
 
 def _extract(options: TaskOptions, style: Style, shots: Sequence[Example]) -> str:

@@ -7,7 +7,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from polopt.errors import ConfigError
@@ -141,12 +141,16 @@ def warm_up(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / rising, (steps - step) / max(1, steps - rising))
     )
-    order = torch.cat([torch.randperm(len(pairs), generator=generator) for _ in range(-(-steps * batch_size // len(pairs)))])
+    order = torch.cat(
+        [torch.randperm(len(pairs), generator=generator) for _ in range(-(-steps * batch_size // len(pairs)))]
+    )
     losses = []
     for chosen in order[: steps * batch_size].split(batch_size):
         tokens, labels = _supervised([pairs[i] for i in chosen.tolist()])
         logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
+        loss = nn.functional.cross_entropy(
+            logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED
+        )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -125,7 +125,7 @@ GRADERS = {
 
 
 def make_graders(
-    spec: str,
+    names: Sequence[str],
     *,
     abs_tol: float = 0.0,
     rel_tol: float = 0.0,
@@ -133,10 +133,10 @@ def make_graders(
     workers: int | None = None,
     in_process: bool = False,
 ) -> list[Grader]:
-    """The graders of a spec: names of `GRADERS`, separated by commas.
+    """The graders of some specs.
 
     Args:
-        spec: for example "math" or "numeric,format,python:rewards.py:brevity".
+        names: specs of `GRADERS`, for example "math" or "python:rewards.py:brevity".
         abs_tol: for `numeric`.
         rel_tol: for `numeric`.
         timeout: seconds per call of a grader in a worker process.
@@ -158,7 +158,7 @@ def make_graders(
             return Math(timeout, workers)
         return Numeric(abs_tol, rel_tol) if name == "numeric" else {"exact": Exact, "format": Format}[name]()
 
-    return [grader(name.strip()) for name in spec.split(",")]
+    return [grader(name) for name in names]
 
 
 def python_source(spec: str) -> FunctionSource:

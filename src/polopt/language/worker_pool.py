@@ -103,7 +103,9 @@ class _Worker:
             status = self.process.wait(timeout=1)
         except subprocess.TimeoutExpired:
             return "the worker closed its channel"
-        return f"killed by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
+        if status < 0:
+            return f"killed by signal {-status} ({signal.strsignal(-status)})"
+        return f"exited with status {status}"
 
     def kill(self) -> None:
         """End the process and everything it started, and release what belongs to it."""
@@ -216,10 +218,8 @@ class WorkerPool:
         """Start workers until `wanted` are free or the pool is full; the reason if that failed."""
         if not self._finalizer.alive:
             raise PoloptError("the worker pool is closed")
-        for worker in [
-            worker for worker in self._workers if worker.ready and worker.process.poll() is not None
-        ]:
-            if worker.call is None:
+        for worker in [worker for worker in self._workers if worker.ready and worker.call is None]:
+            if worker.process.poll() is not None:
                 self._discard(worker)
         free = sum(worker.call is None for worker in self._workers)
         try:

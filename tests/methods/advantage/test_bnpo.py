@@ -14,7 +14,9 @@ from polopt.methods.classics.grpo import group_standardized
 
 def rates_to_rewards(rates: list[float], size: int) -> tuple[torch.Tensor, torch.Tensor]:
     rewards = [[1.0] * round(rate * size) + [0.0] * (size - round(rate * size)) for rate in rates]
-    return torch.tensor(rewards, dtype=torch.float64).flatten(), torch.arange(len(rates)).repeat_interleave(size)
+    return torch.tensor(rewards, dtype=torch.float64).flatten(), torch.arange(len(rates)).repeat_interleave(
+        size
+    )
 
 
 def test_bnpo_with_alpha_beta_one_is_reinforce_with_group_mean() -> None:
@@ -55,7 +57,9 @@ def test_bnpo_parameters_minimise_the_gradient_variance(a: float, b: float) -> N
 def test_bnpo_variance_formula_matches_samples() -> None:
     draws = torch.Generator().manual_seed(0)
     a, b, n = 2.0, 3.0, 400_000
-    gamma = torch._standard_gamma(torch.tensor([[a, b]], dtype=torch.float64).expand(n, 2).contiguous(), generator=draws)
+    gamma = torch._standard_gamma(
+        torch.tensor([[a, b]], dtype=torch.float64).expand(n, 2).contiguous(), generator=draws
+    )
     p = gamma[:, 0] / gamma.sum(-1)
     reward = torch.bernoulli(p, generator=draws)
     alpha, beta = torch.tensor(1 + a / 3, dtype=torch.float64), torch.tensor(1 + b / 3, dtype=torch.float64)

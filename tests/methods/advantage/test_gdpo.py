@@ -20,7 +20,9 @@ def rewards(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_gdpo_of_one_reward_is_grpo_bit_for_bit() -> None:
     values, group = rewards()
-    assert torch.equal(decoupled_sum(values[:, :1], group, ONES[:1], 1e-4), group_standardized(values[:, 0], group, 1e-4))
+    assert torch.equal(
+        decoupled_sum(values[:, :1], group, ONES[:1], 1e-4), group_standardized(values[:, 0], group, 1e-4)
+    )
 
 
 def test_gdpo_is_invariant_to_scale_and_shift_of_each_reward() -> None:
@@ -55,13 +57,18 @@ def test_gdpo_of_identical_rewards_is_batch_standardised_grpo() -> None:
     values, group = rewards()
     same = values[:, :1].expand(-1, 3)
     grpo = group_standardized(values[:, 0], group, 1e-4)
-    assert_close(batch_standardized(decoupled_sum(same, group, ONES), 1e-300), batch_standardized(grpo, 1e-300))
+    assert_close(
+        batch_standardized(decoupled_sum(same, group, ONES), 1e-300), batch_standardized(grpo, 1e-300)
+    )
 
 
 @pytest.mark.parametrize(
-    ("size", "count", "grpo", "no_std", "gdpo"), [(2, 2, 2, 3, 3), (3, 2, 4, 6, 6), (4, 2, 7, 10, 14), (4, 3, 14, 20, 45)]
+    ("size", "count", "grpo", "no_std", "gdpo"),
+    [(2, 2, 2, 3, 3), (3, 2, 4, 6, 6), (4, 2, 7, 10, 14), (4, 3, 14, 20, 45)],
 )
-def test_gdpo_tells_more_reward_combinations_apart(size: int, count: int, grpo: int, no_std: int, gdpo: int) -> None:
+def test_gdpo_tells_more_reward_combinations_apart(
+    size: int, count: int, grpo: int, no_std: int, gdpo: int
+) -> None:
     patterns: dict[str, set[tuple[float, ...]]] = {"grpo": set(), "no_std": set(), "gdpo": set()}
     outcomes = list(product([0.0, 1.0], repeat=count))
     for rows in combinations_with_replacement(outcomes, size):
@@ -91,7 +98,9 @@ def test_gdpo_leaves_single_samples_at_zero_and_ignores_missing_rewards() -> Non
     assert ignored[3] == 0.0
     first = group_standardized(values[:3, 0], group[:3], 1e-4)
     assert_close(ignored[0], first[0])
-    assert_close(decoupled_sum(values, group, ONES[:2])[:3], decoupled_sum(values.nan_to_num(), group, ONES[:2])[:3])
+    assert_close(
+        decoupled_sum(values, group, ONES[:2])[:3], decoupled_sum(values.nan_to_num(), group, ONES[:2])[:3]
+    )
 
 
 def test_gdpo_gates_the_easy_reward_on_the_hard_one() -> None:

@@ -12,12 +12,16 @@ from polopt.testing import random_batch
 
 def prepared(surrogate: ElasticClip | PPOClip, spread: float = 0.5):
     batch = random_batch(seed=0)
-    batch.advantages = (group_standardized(batch.outcome(), batch.group)[:, None] * batch.mask).to(batch.old_logp)
+    batch.advantages = (group_standardized(batch.outcome(), batch.group)[:, None] * batch.mask).to(
+        batch.old_logp
+    )
     batch.weights = batch.mask.to(batch.old_logp)
     for name, value in surrogate.signals(batch).items():
         batch.set_signal(name, value)
     batch.loss_weight = surrogate.loss_weights(batch)
-    noise = torch.randn(batch.old_logp.shape, generator=torch.Generator().manual_seed(1), dtype=batch.old_logp.dtype)
+    noise = torch.randn(
+        batch.old_logp.shape, generator=torch.Generator().manual_seed(1), dtype=batch.old_logp.dtype
+    )
     logp = (batch.old_logp + spread * noise).requires_grad_()
     loss = surrogate(Evaluation(logp).where(batch.mask), batch)
     return loss.detach(), torch.autograd.grad(loss, logp)[0]
@@ -25,8 +29,12 @@ def prepared(surrogate: ElasticClip | PPOClip, spread: float = 0.5):
 
 def test_etr_without_elasticity_is_grpo() -> None:
     grpo = PPOClip(clip_high=0.28, aggregation="sequence_mean")
-    assert_close(prepared(ElasticClip(alpha=0.0, beta=0.0, clip_high=0.28)), prepared(grpo), rtol=0.0, atol=1e-12)
-    assert_close(prepared(ElasticClip(s_min=1.0, s_max=1.0, clip_high=0.28)), prepared(grpo), rtol=0.0, atol=1e-12)
+    assert_close(
+        prepared(ElasticClip(alpha=0.0, beta=0.0, clip_high=0.28)), prepared(grpo), rtol=0.0, atol=1e-12
+    )
+    assert_close(
+        prepared(ElasticClip(s_min=1.0, s_max=1.0, clip_high=0.28)), prepared(grpo), rtol=0.0, atol=1e-12
+    )
 
 
 def test_etr_with_a_fixed_scale_is_grpo_with_scaled_widths() -> None:
@@ -35,7 +43,12 @@ def test_etr_with_a_fixed_scale_is_grpo_with_scaled_widths() -> None:
 
 
 def test_etr_at_ratio_one_is_grpo() -> None:
-    assert_close(prepared(ElasticClip(), 0.0), prepared(PPOClip(aggregation="sequence_mean"), 0.0), rtol=0.0, atol=1e-12)
+    assert_close(
+        prepared(ElasticClip(), 0.0),
+        prepared(PPOClip(aggregation="sequence_mean"), 0.0),
+        rtol=0.0,
+        atol=1e-12,
+    )
 
 
 def test_etr_scale_grows_with_advantage_and_quality_inside_its_bounds() -> None:

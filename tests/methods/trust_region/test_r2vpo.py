@@ -42,7 +42,9 @@ def test_r2vpo_closed_form_optimum_of_a_finite_policy() -> None:
     assert_close((mu * ratio).sum(), torch.ones((), dtype=torch.float64))
     assert_close((mu * (ratio - 1).square()).sum(), torch.tensor(delta, dtype=torch.float64))
     assert_close((mu * (ratio - 1) * advantage).sum(), (delta * (mu * advantage.square()).sum()).sqrt())
-    assert_close(effective_weight(ratio, advantage, multiplier), torch.zeros_like(ratio), atol=1e-12, rtol=0.0)
+    assert_close(
+        effective_weight(ratio, advantage, multiplier), torch.zeros_like(ratio), atol=1e-12, rtol=0.0
+    )
 
 
 def test_ratio_variance_bounds_total_variation_and_kl() -> None:

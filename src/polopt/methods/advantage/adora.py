@@ -97,6 +97,13 @@ def advantageous(
             return by_length | by_difficulty
 
 
+def group_weights(
+    label: Bool[Tensor, " P"], mode: Literal["attenuate", "amplify"], weight: float
+) -> Float[Tensor, " P"]:
+    """Equation (5): the weight of each group, float64."""
+    return torch.where(label if mode == "amplify" else ~label, weight, torch.ones((), dtype=torch.float64))
+
+
 @register("adora")
 class RolloutAdaptation(AdvantageTransform):
     """Weights the groups of any estimator's advantages, equations (1) to (6)."""
@@ -133,8 +140,8 @@ class RolloutAdaptation(AdvantageTransform):
         options = PRESETS[c.preset] | given
         mode, weight = options.pop("mode"), float(options.pop("weight"))  # type: ignore[arg-type]
         groups = Groups.of(batch.group)
-        tas = groups.broadcast(advantageous(batch.outcome(), batch.lengths, groups, **options))  # type: ignore[arg-type]
-        weights = torch.where(tas if mode == "amplify" else ~tas, weight, 1.0).to(advantages)
+        label = advantageous(batch.outcome(), batch.lengths, groups, **options)  # type: ignore[arg-type]
+        weights = groups.broadcast(group_weights(label, mode, weight)).to(advantages)  # type: ignore[arg-type]
         if c.normalize:
             weights = weights / weights.mean().clamp(min=torch.finfo(weights.dtype).tiny)
         return weights[:, None] * advantages

@@ -86,7 +86,11 @@ def fit(rewards: Float[Tensor, " N"], groups: Groups, weight_max: float = 1e6) -
 
 
 def bnpo_advantage(
-    rewards: Float[Tensor, "N K"], group: Int[Tensor, " N"], r_min: float = 0.0, r_max: float = 1.0, weight_max: float = 1e6
+    rewards: Float[Tensor, "N K"],
+    group: Int[Tensor, " N"],
+    r_min: float = 0.0,
+    r_max: float = 1.0,
+    weight_max: float = 1e6,
 ) -> Float[Tensor, " N"]:
     """Equations (1) to (8), each reward by its own law.
 
@@ -104,8 +108,10 @@ def bnpo_advantage(
     """
     scaled = (rewards.double() - r_min) / (r_max - r_min)
     known = scaled[~scaled.isnan()]
-    if len(known) and not (0 <= known.min() and known.max() <= 1):
-        raise PoloptError(f"bnpo: rewards lie outside [r_min, r_max] = [{r_min}, {r_max}]; set the options to their range")
+    if len(known) and not (known.min() >= 0 and known.max() <= 1):
+        raise PoloptError(
+            f"bnpo: rewards lie outside [r_min, r_max] = [{r_min}, {r_max}]; set the options to their range"
+        )
     total = torch.zeros(len(rewards), dtype=torch.float64)
     for column in scaled.unbind(-1):
         applies = ~column.isnan()

@@ -52,7 +52,9 @@ def answer_entropy(answer: Int[Tensor, " N"], groups: Groups) -> Float[Tensor, "
     pairs = torch.stack([groups.index, answer], -1)
     distinct, counts = torch.unique(pairs, dim=0, return_counts=True)
     share = counts.double() / groups.size[distinct[:, 0]]
-    return torch.zeros(len(groups.size), dtype=torch.float64).index_add_(0, distinct[:, 0], -share * share.log2())
+    return torch.zeros(len(groups.size), dtype=torch.float64).index_add_(
+        0, distinct[:, 0], -share * share.log2()
+    )
 
 
 def global_reward(
@@ -74,7 +76,12 @@ def prompt_standardized(values: Float[Tensor, " P"], eps: float) -> Float[Tensor
 
 
 def local_weight(
-    entropy: Float[Tensor, " N"], local: Float[Tensor, " N"], outcome: Float[Tensor, " N"], mode: Mode, gamma: float, rho: float
+    entropy: Float[Tensor, " N"],
+    local: Float[Tensor, " N"],
+    outcome: Float[Tensor, " N"],
+    mode: Mode,
+    gamma: float,
+    rho: float,
 ) -> Float[Tensor, " N"]:
     """Equation (5) and its variants: the weight of the local loss of each trajectory."""
     soft = torch.sigmoid(gamma * (entropy - rho))
@@ -152,7 +159,9 @@ class BlendedClip(PPOClip):
 
         def loss(name: str) -> Tensor:
             advantages = batch.signal(name)[:, None].expand_as(ratio)
-            return dual_clipped(clipped_surrogate(ratio, advantages, c.clip_low, c.clip_high), advantages, c.dual_clip)
+            return dual_clipped(
+                clipped_surrogate(ratio, advantages, c.clip_low, c.clip_high), advantages, c.dual_clip
+            )
 
         weight = batch.signal("local_weight")[:, None]
         return weight * loss("local_advantages") + (1 - weight) * loss("global_advantages")

@@ -45,9 +45,7 @@ NOISE = 1e-12
 """Scores up to this size are 0."""
 
 
-def normal_scores(
-    values: Float[Tensor, " N"], groups: Groups, tie_tol: float = 1e-9
-) -> Float[Tensor, " N"]:
+def normal_scores(values: Float[Tensor, " N"], groups: Groups, tie_tol: float = 1e-9) -> Float[Tensor, " N"]:
     """Equation (1) inside each group: the normal quantile of each value's rank, float64; 0 in a group of one.
 
     Args:
@@ -87,10 +85,14 @@ def length_envelope(
     length: Float[Tensor, " N"], min_start: float, peak_start: float, peak_end: float, max_end: float
 ) -> Float[Tensor, " N"]:
     """Equation (6): trapezoid over the length in decisions, in [0, 1]; an empty ramp is a step."""
-    rise = (length - min_start) / (peak_start - min_start) if peak_start > min_start else torch.ones_like(length)
+    rise = (
+        (length - min_start) / (peak_start - min_start) if peak_start > min_start else torch.ones_like(length)
+    )
     fall = 1 - (length - peak_end) / (max_end - peak_end) if max_end > peak_end else torch.ones_like(length)
     inside = (length >= min_start) & (length <= max_end)
-    height = torch.where(length < peak_start, rise, torch.where(length > peak_end, fall, torch.ones_like(length)))
+    height = torch.where(
+        length < peak_start, rise, torch.where(length > peak_end, fall, torch.ones_like(length))
+    )
     return torch.where(inside, height, torch.zeros_like(length))
 
 
@@ -123,7 +125,9 @@ class GaussianRank(Advantage):
         """Rewards closer than this are tied; raise it for noisy rewards."""
 
     def forward(self, batch: Batch) -> Float[Tensor, "N 1"]:
-        return gaussian_rank_advantage(batch.rewards, batch.group, batch.task, self.config.tie_tol)[1][:, None]
+        return gaussian_rank_advantage(batch.rewards, batch.group, batch.task, self.config.tie_tol)[1][
+            :, None
+        ]
 
 
 @register("length_envelope")

@@ -83,10 +83,14 @@ def token_standardized(
     return centred / (centred.square().sum() / (count - 1) + eps).sqrt()
 
 
-def conditioned(rewards: Float[Tensor, "N K"], easy: int, hard: int, threshold: float) -> Float[Tensor, "N K"]:
+def conditioned(
+    rewards: Float[Tensor, "N K"], easy: int, hard: int, threshold: float
+) -> Float[Tensor, "N K"]:
     """Equation (7): the reward in column `easy` counts only where column `hard` reaches the threshold."""
     gated = rewards.clone()
-    gated[:, easy] = torch.where(rewards[:, hard] >= threshold, rewards[:, easy], torch.zeros_like(rewards[:, easy]))
+    gated[:, easy] = torch.where(
+        rewards[:, hard] >= threshold, rewards[:, easy], torch.zeros_like(rewards[:, easy])
+    )
     return gated
 
 
@@ -144,7 +148,9 @@ class ConditionedReward(Shaping):
     def forward(self, batch: Batch, draw: Draw) -> Batch:
         c = self.config
         if max(c.easy, c.hard) >= batch.rewards.shape[1]:
-            raise ConfigError(f"shaping conditioned: columns {c.easy} and {c.hard} of {batch.rewards.shape[1]} rewards")
+            raise ConfigError(
+                f"shaping conditioned: columns {c.easy} and {c.hard} of {batch.rewards.shape[1]} rewards"
+            )
         batch = batch.clone(recurse=False)
         batch.rewards = conditioned(batch.rewards, c.easy, c.hard, c.threshold)
         return batch

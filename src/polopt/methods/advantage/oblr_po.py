@@ -40,7 +40,10 @@ from polopt.settings import Settings
 
 
 def optimal_baseline(
-    outcome: Float[Tensor, " N"], group: Int[Tensor, " N"], weights: Float[Tensor, " N"], leave_one_out: bool = False
+    outcome: Float[Tensor, " N"],
+    group: Int[Tensor, " N"],
+    weights: Float[Tensor, " N"],
+    leave_one_out: bool = False,
 ) -> Float[Tensor, " N"]:
     """Equation (4): the baseline of each trajectory, float64.
 
@@ -65,6 +68,12 @@ def optimal_baseline(
     return low + torch.where(groups.broadcast(groups.size) > 1, baseline, above)
 
 
+def score_sqnorm(probs: Float[Tensor, "N T V"], actions: Int[Tensor, "N T"]) -> Float[Tensor, "N T"]:
+    """Equation (5) of each decision: squared norm of the score in logit space, from the probabilities."""
+    taken = probs.gather(-1, actions[..., None])[..., 0]
+    return 1 - 2 * taken + probs.square().sum(-1)
+
+
 def signal_and_noise(
     square_sum: Float[Tensor, ""], mean_square: Float[Tensor, ""], prompts: int
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
@@ -78,7 +87,9 @@ class OptimalBaseline(Advantage):
     """Reward less the score-norm-weighted mean of the group, equations (3) to (5)."""
 
     requires = frozenset({"old_score_sqnorm"})
-    reconstructed = "the estimators of the baseline and of the signal-to-noise ratio (the paper's are not public)"
+    reconstructed = (
+        "the estimators of the baseline and of the signal-to-noise ratio (the paper's are not public)"
+    )
 
     class Config(Settings):
         """Options of the baseline."""

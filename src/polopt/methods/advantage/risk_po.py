@@ -122,7 +122,11 @@ def released_advantage(
     scores = members.sum(outcome[inside])
     set_of_bundle = torch.zeros(len(scores), dtype=torch.int64).scatter_(0, members.index, bundle_set[inside])
     sets = Groups.of(set_of_bundle)
-    a, b = _quantiles(scores, sets, alpha, beta) if quantiles is None else quantiles.double()[:, None].expand(2, len(scores))
+    a, b = (
+        _quantiles(scores, sets, alpha, beta)
+        if quantiles is None
+        else quantiles.double()[:, None].expand(2, len(scores))
+    )
     below, above_a, above_b = (a - scores).clamp(min=0), (scores - a).clamp(min=0), (scores - b).clamp(min=0)
     x = (above_a - above_b + natural_baseline * (a - b)) / (beta - alpha + eps)
     if upper_weight is not None:
@@ -243,7 +247,11 @@ class MixedValueAtRisk(Advantage):
             )  # fmt: skip
         else:
             inside, members, scores = self._scores(batch)
-            a, b = torch.quantile(scores, self.levels) if self.quantiles.isnan().any() and len(scores) else self.quantiles
+            a, b = (
+                torch.quantile(scores, self.levels)
+                if self.quantiles.isnan().any() and len(scores)
+                else self.quantiles
+            )
             advantage = torch.zeros_like(outcome)
             advantage[inside] = members.broadcast(mixed_value_at_risk(scores, a, b, c.omega))
         if c.baseline == "mean":
@@ -287,7 +295,9 @@ class BundleClip(Surrogate):
         return aggregation_weights(batch.mask & inside, weights, batch.signal("bundle"), "group_mean")
 
     def decision_loss(self, evaluation: Evaluation, batch: Batch) -> Float[Tensor, "N T"]:
-        ratio = sequence_log_ratio(evaluation.logp, batch.old_logp, batch.mask).exp().expand_as(evaluation.logp)
+        ratio = (
+            sequence_log_ratio(evaluation.logp, batch.old_logp, batch.mask).exp().expand_as(evaluation.logp)
+        )
         return clipped_surrogate(ratio, batch.advantages, self.config.clip_low, self.config.clip_high)
 
 

@@ -36,7 +36,6 @@ from pydantic import Field
 from torch import Tensor
 
 from polopt.batch import Batch
-from polopt.functional.masked import zero_outside
 from polopt.method import Draw, Method, Selection
 from polopt.methods.classics.grpo import GroupStandardized
 from polopt.methods.classics.ppo import PPOClip
@@ -205,7 +204,12 @@ class CurvatureFilter(Selection):
         c, moments = self.config, None if self.config.step_model == "sgd" else self._moments()
         tokens = self._tokens(batch, batch.mask)
         keep = [
-            accepted(predicted_shifts(*chunk, self.learning_rate, moments), c.tau_objective, c.tau_policy, c.symmetric)
+            accepted(
+                predicted_shifts(*chunk, self.learning_rate, moments),
+                c.tau_objective,
+                c.tau_policy,
+                c.symmetric,
+            )
             for chunk in zip(*(t.split(c.chunk) for t in tokens), strict=True)
         ]
         weights = torch.zeros_like(batch.old_logp)
@@ -222,7 +226,9 @@ class CurvatureFilter(Selection):
         self.place, self.first, self.second = new.place, new.first, new.second
         self.steps.fill_(new.steps)
 
-    def _tokens(self, batch: Batch, mask: Bool[Tensor, "N T"]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def _tokens(
+        self, batch: Batch, mask: Bool[Tensor, "N T"]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         names = ("old_features", "old_kept_logits", "old_kept_rows", "old_action_row")
         features, logits, rows, action = (batch.signal(name)[mask] for name in names)
         return features, logits, rows, action, batch.advantages[mask].to(features)

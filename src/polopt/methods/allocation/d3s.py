@@ -69,7 +69,10 @@ def most_varied(values: Float[Tensor, " N"], count: int) -> Bool[Tensor, " N"]:
 
 
 def select_samples(
-    advantages: Float[Tensor, " N"], group: Int[Tensor, " N"], per_group: int, scope: Literal["batch", "group"] = "batch"
+    advantages: Float[Tensor, " N"],
+    group: Int[Tensor, " N"],
+    per_group: int,
+    scope: Literal["batch", "group"] = "batch",
 ) -> Bool[Tensor, " N"]:
     """Equation (2): which rollouts are kept, `per_group` per group on average (batch) or in each (group)."""
     groups = Groups.of(group)
@@ -83,7 +86,10 @@ def select_samples(
 
 
 def select_tokens(
-    advantages: Float[Tensor, "N #T"], entropy: Float[Tensor, "N T"], pool: Bool[Tensor, "N T"], keep_fraction: float
+    advantages: Float[Tensor, "N #T"],
+    entropy: Float[Tensor, "N T"],
+    pool: Bool[Tensor, "N T"],
+    keep_fraction: float,
 ) -> Bool[Tensor, "N T"]:
     """Equation (4): the tokens of the pool with the largest |A| H; ties go to the smaller row-major index."""
     size = int(pool.sum())

@@ -39,16 +39,19 @@ from polopt.registry import register, register_recipe
 from polopt.settings import Settings
 
 
-def value(n: Tensor | int, p: Float[Tensor, " M"]) -> Float[Tensor, " M"]:
-    """Equation (3): learning value of `n` rollouts at success rate p; 0 at p = 0 and 1."""
-    p = p.double()
-    mixed = (p > 0) & (p < 1)
-    return torch.where(mixed, (1 - p**n - (1 - p) ** n) * information_gain(p), 0.0)
+def mixed_probability(n: Tensor | int, p: Float[Tensor, " M"]) -> Float[Tensor, " M"]:
+    """Equation (1): probability that n rollouts at success rate p are not all alike; 0 at p = 0 and 1."""
+    return torch.where((p > 0) & (p < 1), 1 - p**n - (1 - p) ** n, 0.0)
 
 
 def information_gain(p: Float[Tensor, " M"]) -> Float[Tensor, " M"]:
-    """Equation (2)."""
+    """Equation (2): gain of one policy-gradient step on the prompt's log-odds."""
     return p * (1 - p).square()
+
+
+def value(n: Tensor | int, p: Float[Tensor, " M"]) -> Float[Tensor, " M"]:
+    """Equation (3): learning value of n rollouts at success rate p, float64."""
+    return mixed_probability(n, p.double()) * information_gain(p.double())
 
 
 def cost(p: float, alpha: float, kind: Literal["probability", "expectation"] = "probability") -> float:
@@ -101,11 +104,14 @@ def allocate(
     mixed = [i for i, r in enumerate(records) if r.valid and 0 < r.p_hat < 1]
     unsolved = [i for i, p in enumerate(rates) if p == 0]
     budget = [
-        (low if 0 < r.p_hat < 1 else negative if r.p_hat == 0 else positive) if r.valid else uniform for r in records
+        (low if 0 < r.p_hat < 1 else negative if r.p_hat == 0 else positive) if r.valid else uniform
+        for r in records
     ]
     left = total - sum(budget)
     if left < 0:
-        raise ConfigError(f"budget knapsack: floors need {sum(budget)} rollouts of {total}; raise rollouts or lower low")
+        raise ConfigError(
+            f"budget knapsack: floors need {sum(budget)} rollouts of {total}; raise rollouts or lower low"
+        )
     fell_back = False
     if not mixed:
         if left and not unsolved:
@@ -131,6 +137,7 @@ def _spread(budget: list[int], units: int, places: Any) -> list[int]:
 
 def _greedy(rates: list[float], units: int, low: int, up: int) -> list[int]:
     """One unit after the other to the largest marginal value; ties to the lower index."""
+
     def marginal(p: float, n: int) -> float:
         return (p**n * (1 - p) + (1 - p) ** n * p) * p * (1 - p) ** 2
 
@@ -178,7 +185,9 @@ def _first_maximum(candidates: Float[Tensor, "units k"]) -> tuple[Tensor, Tensor
 class KnapsackBudget(Budget):
     """Rollouts by learning value at the recent success rates, equations (1) to (5)."""
 
-    reconstructed = "allocation where the published code crashes (no fallback candidate, floors beyond the total)"
+    reconstructed = (
+        "allocation where the published code crashes (no fallback candidate, floors beyond the total)"
+    )
 
     class Config(Settings):
         """Options of the allocation."""

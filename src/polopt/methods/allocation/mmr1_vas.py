@@ -124,6 +124,13 @@ def sampling_weights(
     return (vps - vps.min()) / (vps.max() - vps.min() + eps)
 
 
+def momentum_update(
+    old: Float[Tensor, " D"], new: Float[Tensor, " D"], momentum: float
+) -> Float[Tensor, " D"]:
+    """Equation (7)."""
+    return momentum * old + (1 - momentum) * new
+
+
 def split_counts(batch: int, ratio: float) -> tuple[int, int]:
     """Equation (8): how many prompts are drawn by weight, and how many uniformly."""
     weighted = int(ratio * batch)
@@ -191,19 +198,23 @@ class VarianceAware(Sampler):
         tds = torch.tensor([diversity(found, c.metric) for found in chains], dtype=torch.float64)
         pass_rate = groups.mean((batch.rewards[:, 0] >= c.success).double())
         new = sampling_weights(c.alpha * outcome_variance(pass_rate) + c.beta * tds, c.normalize)
-        self.weights = c.momentum * self.weights + (1 - c.momentum) * new if len(self.weights) else new
+        self.weights = momentum_update(self.weights, new, c.momentum) if len(self.weights) else new
 
     def forward(
         self, pool_size: int, count: int, of_epoch: Callable[[int], torch.Generator], draw: Draw
     ) -> Int[Tensor, " P"]:
         weighted, uniform = split_counts(count, self.config.ratio)
-        taken, cursor = uniform_stream(torch.randperm(pool_size, generator=of_epoch(0)), int(self.cursor), uniform)
+        taken, cursor = uniform_stream(
+            torch.randperm(pool_size, generator=of_epoch(0)), int(self.cursor), uniform
+        )
         self.cursor.fill_(cursor)
         self.calls += 1
         if not weighted:
             return taken
         weights = self.weights if self.weights.sum() > 0 else torch.ones(pool_size, dtype=torch.float64)
-        drawn = torch.multinomial(weights, weighted, replacement=True, generator=draw(f"vas {int(self.calls)}"))
+        drawn = torch.multinomial(
+            weights, weighted, replacement=True, generator=draw(f"vas {int(self.calls)}")
+        )
         place = torch.argsort(torch.cat([torch.arange(weighted) * 2, torch.arange(uniform) * 2 + 1]))
         return torch.cat([drawn, taken])[place]
 

@@ -87,7 +87,11 @@ def filter_weights(
             return torch.where(alone, 1.0, torch.where(best > 0, 0.5, 0.5 / (size - 1).clamp(min=1)))
         case "pow":
             weight = rewards.double().abs() ** power
-            return weight / weight.sum() if weight.sum() > 0 else torch.full_like(weight, 1 / max(1, len(weight)))
+            return (
+                weight / weight.sum()
+                if weight.sum() > 0
+                else torch.full_like(weight, 1 / max(1, len(weight)))
+            )
         case "top" | "top_bottom":
             kept = ((rewards >= high) | (rewards <= low) & (strategy == "top_bottom")).double()
             return kept / groups.broadcast(groups.sum(kept)).clamp(min=1)
@@ -121,13 +125,17 @@ def r_squared(
         PoloptError: 1 or 2 bins, which explain everything.
     """
     if bins in (1, 2):
-        raise PoloptError(f"bins = {bins}: a line through two points explains everything; use 0 or at least 3")
+        raise PoloptError(
+            f"bins = {bins}: a line through two points explains everything; use 0 or at least 3"
+        )
     kept = weights > 0
     rewards, scores, weights = rewards[kept].double(), scores[kept].double(), weights[kept].double()
     if bins:
         chunks = torch.argsort(rewards, stable=True).tensor_split(bins)
         share = [weights[c] / weights[c].sum() for c in chunks if len(c)]
-        means = [torch.stack([w @ v[c] for w, c in zip(share, chunks, strict=False)]) for v in (rewards, scores)]
+        means = [
+            torch.stack([w @ v[c] for w, c in zip(share, chunks, strict=False)]) for v in (rewards, scores)
+        ]
         rewards, scores = means
     x, y = rewards - rewards.mean(), scores - scores.mean()
     if not bool(y.square().sum() > 0):
@@ -171,7 +179,9 @@ class PolicyFiltration(Selection):
 
     def forward(self, batch: Batch, draw: Draw) -> Float[Tensor, "N 1"]:
         c, groups = self.config, Groups.of(batch.group)
-        outcome = batch.rewards.double().nan_to_num(nan=0.0).sum(-1)  # ranks know nothing of the KL in the reward
+        outcome = (
+            batch.rewards.double().nan_to_num(nan=0.0).sum(-1)
+        )  # ranks know nothing of the KL in the reward
         weights = filter_weights(outcome, batch.group, c.strategy, power=c.power, high=c.high, low=c.low)
         if c.skip_ties:
             spread = groups.max(outcome) > groups.min(outcome)
@@ -182,10 +192,14 @@ class PolicyFiltration(Selection):
             weights = weights * groups.broadcast(groups.size)
         return weights[:, None]
 
-    def _drawn(self, weights: Float[Tensor, " N"], groups: Groups, draws: torch.Generator) -> Float[Tensor, " N"]:
+    def _drawn(
+        self, weights: Float[Tensor, " N"], groups: Groups, draws: torch.Generator
+    ) -> Float[Tensor, " N"]:
         """How often each sample is drawn, in units that keep the mean loss of a group."""
         count = self.config.draws or (1 if self.config.strategy == "bon" else 2)
-        table = torch.zeros(len(groups.size), int(groups.size.max()) if len(weights) else 0, dtype=torch.float64)
+        table = torch.zeros(
+            len(groups.size), int(groups.size.max()) if len(weights) else 0, dtype=torch.float64
+        )
         order = torch.argsort(groups.index, stable=True)
         place = torch.empty_like(order)
         place[order] = torch.arange(len(order)) - (groups.size.cumsum(0) - groups.size)[groups.index[order]]
@@ -194,7 +208,9 @@ class PolicyFiltration(Selection):
         some = table.sum(-1) > 0
         if bool(some.any()):
             chosen = torch.multinomial(table[some], count, replacement=True, generator=draws)
-            drawn[some] = torch.zeros_like(table[some]).scatter_add(1, chosen, torch.ones_like(chosen, dtype=torch.float64))
+            drawn[some] = torch.zeros_like(table[some]).scatter_add(
+                1, chosen, torch.ones_like(chosen, dtype=torch.float64)
+            )
         return drawn[groups.index, place] * groups.broadcast(groups.size) / count
 
 

@@ -1,7 +1,8 @@
 r"""CISPO - Clipped Importance Sampling Policy Optimization (MiniMax-M1, arXiv 2506.13585, 2025).
 
-PPO's clip drops the gradient of whatever moved far, which are the rare and decisive tokens. Here the importance weight is
-clipped and detached instead, and multiplies the log-probability: every decision keeps a gradient, of bounded weight.
+PPO's clip drops the gradient of whatever moved far, which are the rare and decisive tokens. Here the importance
+weight is clipped and detached instead, and multiplies the log-probability: every decision keeps a gradient, of
+bounded weight.
 
 .. math::
     L = -\frac1{\sum_i L_i}\sum_i\sum_t \mathrm{sg}[\hat r_{it}]\,A_i \log\pi_\theta(a_{it}), \quad
@@ -9,8 +10,9 @@ clipped and detached instead, and multiplies the log-probability: every decision
 
 On fresh data it is the token mean of REINFORCE. The paper leaves the lower side open and tunes the upper one alone.
 
-RECONSTRUCTED: the upper bound, which the paper does not give; 1 + 4 is usual since (ScaleRL, arXiv 2510.13786). The paper
-takes 16 updates per rollout, the recipe 4; its average over the tokens of each group is here over those of the minibatch.
+RECONSTRUCTED: the upper bound, which the paper does not give; 1 + 4 is usual since (ScaleRL, arXiv 2510.13786). The
+paper takes 16 updates per rollout, the recipe 4; its average over the tokens of each group is here over those of the
+minibatch.
 
 Slots: surrogate; the advantage is GRPO's.
 """

@@ -1,18 +1,19 @@
 r"""DAPO - Decoupled Clip and Dynamic Sampling Policy Optimization (Yu et al., arXiv 2503.14476, 2025).
 
-GRPO with four changes: the clip leaves more room above (clip-higher), prompts whose rollouts all earn the same are drawn
-anew (dynamic sampling), every decision of the batch weighs the same (token-level loss), and an answer that comes near the
-length limit is punished softly (overlong shaping). No KL.
+GRPO with four changes: the clip leaves more room above (clip-higher), prompts whose rollouts all earn the same are
+drawn anew (dynamic sampling), every decision of the batch weighs the same (token-level loss), and an answer that
+comes near the length limit is punished softly (overlong shaping). No KL.
 
 .. math::
-    L = \frac1{\sum_i L_i} \sum_i\sum_t \max(-A_i r_{it}, -A_i\,\mathrm{clip}(r_{it}, 1-\epsilon_l, 1+\epsilon_h)), \quad
-    \min_g R < \max_g R                                                                             \tag{8, 11}
+    L = \frac1{\sum_i L_i} \sum_i\sum_t
+        \max(-A_i r_{it}, -A_i\,\mathrm{clip}(r_{it}, 1-\epsilon_l, 1+\epsilon_h)), \quad
+    \min_g R < \max_g R                                                                    \tag{8, 11}
 
 .. math::
-    R^{length}_i = \min\Big(0, \max\Big(-1, \frac{(L_{max} - L_{cache}) - L_i}{L_{cache}}\Big)\Big)               \tag{13}
+    R^{length}_i = \min\Big(0, \max\Big(-1, \frac{(L_{max} - L_{cache}) - L_i}{L_{cache}}\Big)\Big)  \tag{13}
 
-A prompt counts as solved or unsolved by the rewards as they were measured, before any shaping. The paper makes 16 updates
-per rollout of 512 prompts; the recipe makes 4.
+A prompt counts as solved or unsolved by the rewards as they were measured, before any shaping. The paper makes 16
+updates per rollout of 512 prompts; the recipe makes 4.
 
 Slots: sampler `dapo`, shaping `overlong`; the advantage is GRPO's, the surrogate PPO's.
 """
@@ -33,7 +34,9 @@ from polopt.registry import register, register_recipe
 from polopt.settings import Settings
 
 
-def mixed_groups(outcome: Float[Tensor, " N"], group: Int[Tensor, " N"], known: Bool[Tensor, " N"]) -> Bool[Tensor, " N"]:
+def mixed_groups(
+    outcome: Float[Tensor, " N"], group: Int[Tensor, " N"], known: Bool[Tensor, " N"]
+) -> Bool[Tensor, " N"]:
     """Whether the known rewards of a trajectory's group differ; False in a group of one."""
     groups = Groups.of(group)
     high = groups.max(torch.where(known, outcome, -torch.inf))

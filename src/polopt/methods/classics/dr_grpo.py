@@ -1,8 +1,7 @@
-r"""Dr. GRPO - GRPO Done Right (Understanding R1-Zero-Like Training: A Critical Perspective, Liu et al.,
-arXiv 2503.20783, 2025).
+r"""Dr. GRPO - Understanding R1-Zero-Like Training: A Critical Perspective (arXiv 2503.20783, 2025).
 
-GRPO without its two biases: no division by the group's standard deviation, which favours prompts that are nearly always or
-never solved, and no division by a trajectory's own length, which favours short successes and long failures.
+GRPO without its two biases: no division by the group's standard deviation, which favours prompts that are nearly
+always or never solved, and no division by a trajectory's own length, which favours short successes and long failures.
 
 .. math::
     A_i = R_i - \mathrm{mean}_g R                                                                   \tag{1}

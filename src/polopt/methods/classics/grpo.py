@@ -6,8 +6,8 @@ The mean reward of a prompt's own rollouts is the baseline, their standard devia
     A_i = \frac{R_i - \mathrm{mean}_g R}{\mathrm{std}_g R + \epsilon}                              \tag{1}
 
 .. math::
-    L = \frac1N \sum_i \frac1{L_i} \sum_t \big[\max(-A_i r_{it}, -A_i\,\mathrm{clip}(r_{it}, 1-\epsilon_l, 1+\epsilon_h))
-        + \beta\,\mathrm{k3}_{it}\big]                                                             \tag{2}
+    L = \frac1N \sum_i \frac1{L_i} \sum_t
+        \big[\max(-A_i r_{it}, -A_i\,\mathrm{clip}(r_{it}, 1-\epsilon_l, 1+\epsilon_h)) + \beta\,\mathrm{k3}_{it}\big]                                                             \tag{2}
 
 Slots: advantage (1), surrogate PPO clip averaged per sequence (2), regularizer KL to the reference (k3). The recipe has
 beta = 0, as practice has settled since; `--regularizer kl:coef=0.04` is the paper's.

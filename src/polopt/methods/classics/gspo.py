@@ -1,7 +1,7 @@
 r"""GSPO - Group Sequence Policy Optimization (Zheng et al., arXiv 2507.18071, 2025).
 
-The importance ratio belongs to what is rewarded, the sequence: its length-normalised likelihood ratio is clipped, so that
-a trajectory is kept or cut off as a whole and no single token's ratio adds noise.
+The importance ratio belongs to what is rewarded, the sequence: its length-normalised likelihood ratio is clipped, so
+that a trajectory is kept or cut off as a whole and no single token's ratio adds noise.
 
 .. math::
     s_i = \Big(\frac{\pi_\theta(y_i|x)}{\pi_{old}(y_i|x)}\Big)^{1/L_i}

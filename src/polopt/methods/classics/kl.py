@@ -7,7 +7,6 @@ with gradient. In the reward (RLHF practice, arXiv 1909.08593, eq. 2): each deci
 Slots: regularizer `kl`, shaping `kl`; both need `ref_logp`.
 """
 
-import torch
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
@@ -54,7 +53,7 @@ class KLReward(Shaping):
 
     def forward(self, batch: Batch, draw: Draw) -> Batch:
         penalty = kl_estimate(batch.old_logp, batch.ref_logp, batch.mask, self.config.estimator)
-        earned = torch.zeros_like(penalty) if batch.step_rewards is None else zero_outside(batch.step_rewards, batch.mask)
         batch = batch.clone(recurse=False)
+        earned = 0.0 if batch.step_rewards is None else zero_outside(batch.step_rewards, batch.mask)
         batch.step_rewards = earned - self.config.coef * penalty
         return batch

@@ -10,7 +10,8 @@ critic gives the baseline by generalised advantage estimation (arXiv 1506.02438)
     \ell_t = \max(-A_t r_t, -A_t\,\mathrm{clip}(r_t, 1-\epsilon_l, 1+\epsilon_h))                          \tag{2}
 
 .. math::
-    \ell^V_t = \tfrac12\max\big((V_t-R_t)^2, (\mathrm{clip}(V_t, V^{old}_t\pm\epsilon_V)-R_t)^2\big), \quad R_t = A_t+V^{old}_t  \tag{3}
+    \ell^V_t = \tfrac12\max\big((V_t-R_t)^2, (\mathrm{clip}(V_t, V^{old}_t\pm\epsilon_V)-R_t)^2\big), \quad
+    R_t = A_t+V^{old}_t                                                                    \tag{3}
 
 With a dual clip c (arXiv 1912.09729) the loss of a decision with A < 0 is at most -A c. A trajectory's reward counts at
 its last decision.
@@ -35,9 +36,12 @@ from polopt.settings import Settings
 
 
 def clipped_value_loss(
-    value: Float[Tensor, "N T"], old_value: Float[Tensor, "N T"], returns: Float[Tensor, "N T"], clip: float | None
+    value: Float[Tensor, "N T"],
+    old_value: Float[Tensor, "N T"],
+    returns: Float[Tensor, "N T"],
+    clip: float | None,
 ) -> Float[Tensor, "N T"]:
-    """Equation (3): half the squared error, pessimistic about steps beyond `clip` (reward units); None does not clip."""
+    """Equation (3): half the squared error, pessimistic about steps beyond `clip` in reward units."""
     error = (value - returns).square()
     if clip is not None:
         near = old_value + (value - old_value).clamp(-clip, clip)
@@ -64,13 +68,17 @@ class GAE(Advantage):
 
     def raw(self, batch: Batch) -> Float[Tensor, "N T"]:
         """Equation (1), in reward units."""
-        rewards = outcome_at_last(batch.rewards.nan_to_num(nan=0.0).sum(-1), batch.mask).to(batch.old_value)
+        rewards = outcome_at_last(batch.rewards.nan_to_num(0.0, 0.0, 0.0).sum(-1), batch.mask).to(
+            batch.old_value
+        )
         if batch.step_rewards is not None:
             rewards = rewards + zero_outside(batch.step_rewards, batch.mask).to(rewards)
         last = batch.old_value.new_zeros(len(batch)) if batch.last_value is None else batch.last_value
         if batch.terminated is not None:
             last = torch.where(batch.terminated, torch.zeros_like(last), last)
-        return generalized_advantages(rewards, batch.old_value, last, batch.mask, self.config.gamma, self.config.gae_lambda)
+        return generalized_advantages(
+            rewards, batch.old_value, last, batch.mask, self.config.gamma, self.config.gae_lambda
+        )
 
     def forward(self, batch: Batch) -> Float[Tensor, "N T"]:
         advantages = self.raw(batch)
@@ -97,7 +105,9 @@ class PPOClip(Surrogate):
         @model_validator(mode="after")
         def _dual_clip_beyond_clip(self) -> Self:
             if self.dual_clip is not None and self.dual_clip <= 1 + self.clip_high:
-                raise ValueError(f"dual_clip = {self.dual_clip} must be above 1 + clip_high = {1 + self.clip_high}")
+                raise ValueError(
+                    f"dual_clip = {self.dual_clip} must be above 1 + clip_high = {1 + self.clip_high}"
+                )
             return self
 
     def decision_loss(self, evaluation: Evaluation, batch: Batch) -> Float[Tensor, "N T"]:
@@ -127,12 +137,17 @@ class ValueLoss(Regularizer):
         """Largest step of the value that is believed, in reward units; None for none."""
 
     def decision_penalty(self, evaluation: Evaluation, batch: Batch) -> Float[Tensor, "N T"]:
-        return clipped_value_loss(evaluation.value, batch.old_value, batch.signal("returns"), self.config.clip)
+        return clipped_value_loss(
+            evaluation.value, batch.old_value, batch.signal("returns"), self.config.clip
+        )
 
 
 @register_recipe("ppo")
 def ppo() -> Method:
     """PPO with a critic: four passes over the data in four minibatches."""
     return Method(
-        advantage=GAE(), surrogate=PPOClip(), regularizers=[ValueLoss()], defaults={"epochs": 4, "minibatches": 4}
+        advantage=GAE(),
+        surrogate=PPOClip(),
+        regularizers=[ValueLoss()],
+        defaults={"epochs": 4, "minibatches": 4},
     )

@@ -1,8 +1,7 @@
-r"""REINFORCE - Simple Statistical Gradient-Following Algorithms for Connectionist Reinforcement Learning
-(Williams, Machine Learning 8, 1992).
+r"""REINFORCE - Simple Statistical Gradient-Following Algorithms for Connectionist RL (Williams, 1992).
 
-The gradient of the expected reward is the reward, less a baseline, times the gradient of the log-probability of what was
-done. There is no importance ratio: it is meant for data of the current policy.
+The gradient of the expected reward is the reward, less a baseline, times the gradient of the log-probability of what
+was done. There is no importance ratio: it is meant for data of the current policy.
 
 .. math::
     A_i = R_i - b, \quad b \in \{0,\ \mathrm{mean}_j R_j,\ \bar R\}                                  \tag{1}
@@ -45,20 +44,20 @@ class RewardBaseline(Advantage):
         whiten: bool = False
         """Standardise over the trajectories of the batch."""
 
+    average: Tensor
+    iterations: Tensor
+
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.register_buffer("average", torch.zeros((), dtype=torch.float64))
         self.register_buffer("iterations", torch.zeros((), dtype=torch.int64))
 
     def forward(self, batch: Batch) -> Float[Tensor, "N 1"]:
-        outcome = batch.outcome()
-        match self.config.baseline:
-            case "none":
-                advantages = outcome
-            case "batch_mean":
-                advantages = Groups.of(torch.zeros_like(batch.group)).centre(outcome)
-            case "moving_average":
-                advantages = outcome - self.average
+        advantages = batch.outcome()
+        if self.config.baseline == "batch_mean":
+            advantages = Groups.of(torch.zeros_like(batch.group)).centre(advantages)
+        elif self.config.baseline == "moving_average":
+            advantages = advantages - self.average
         if self.config.whiten:
             advantages = standardize(advantages, torch.ones_like(advantages, dtype=torch.bool))
         return advantages[:, None]
@@ -66,14 +65,14 @@ class RewardBaseline(Advantage):
     def observe(self, batch: Batch) -> None:
         if not len(batch):
             return
-        weight = 1 - self.config.decay if self.iterations > 0 else 1.0
+        weight = 1 - self.config.decay if self.iterations > 0 else 1.0  # nothing is known before the first
         self.average.lerp_(batch.outcome().mean(), weight)
         self.iterations += 1
 
 
 @register("reinforce")
 class ScoreFunction(Surrogate):
-    """The score-function estimator, equation (2): no ratio, so data of an older policy are treated as the current one's."""
+    """The score-function estimator, equation (2), without a ratio: data of an older policy are taken as fresh."""
 
     def decision_loss(self, evaluation: Evaluation, batch: Batch) -> Float[Tensor, "N T"]:
         return -batch.advantages * evaluation.logp

@@ -1,8 +1,7 @@
-r"""RLOO - REINFORCE Leave-One-Out (Back to Basics: Revisiting REINFORCE Style Optimization for Learning from Human
-Feedback in LLMs, Ahmadian et al., arXiv 2402.14740, 2024; estimator of Kool et al., 2019).
+r"""RLOO - Back to Basics: Revisiting REINFORCE Style Optimization for RLHF (arXiv 2402.14740, 2024).
 
-The baseline of a trajectory is the mean reward of the prompt's other rollouts: it is independent of the trajectory, so the
-gradient is unbiased, and nothing is divided by a standard deviation.
+The baseline of a trajectory is the mean reward of the prompt's other rollouts: it is independent of the trajectory,
+so the gradient is unbiased, and nothing is divided by a standard deviation.
 
 .. math::
     A_i = R_i - \frac1{G-1}\sum_{j \ne i} R_j = \frac{G}{G-1}\,(R_i - \mathrm{mean}_g R)                  \tag{1}

@@ -45,11 +45,16 @@ def mixing_weight(
 ) -> Float[Tensor, ""]:
     """Equation (4): weight of the pull, from the measured entropy (nats) and the share of successes."""
     distance = (target - entropy).abs().clamp(max=cap)
-    return torch.where(success > 0, distance / (distance + success).clamp(min=1e-12), torch.zeros_like(distance))
+    return torch.where(
+        success > 0, distance / (distance + success).clamp(min=1e-12), torch.zeros_like(distance)
+    )
 
 
 def mixed_advantage(
-    advantages: Float[Tensor, "N T"], ratio: Float[Tensor, "N T"], positive: Float[Tensor, " N"], alpha: Float[Tensor, ""]
+    advantages: Float[Tensor, "N T"],
+    ratio: Float[Tensor, "N T"],
+    positive: Float[Tensor, " N"],
+    alpha: Float[Tensor, ""],
 ) -> Float[Tensor, "N T"]:
     """Equation (5)."""
     return (1 - alpha) * advantages + alpha * positive[:, None] * ratio
@@ -91,7 +96,9 @@ class DistributionCentric(AdvantageTransform):
 
     def forward(self, batch: Batch, advantages: Float[Tensor, "N T"]) -> Float[Tensor, "N T"]:
         c = self.config
-        ratio = zero_outside(log_ratio(batch.signal("old_tempered_logp"), batch.old_logp, batch.mask).exp(), batch.mask)
+        ratio = zero_outside(
+            log_ratio(batch.signal("old_tempered_logp"), batch.old_logp, batch.mask).exp(), batch.mask
+        )
         positive = (batch.outcome() > c.positive_threshold).to(advantages)
         alpha = mixing_weight(self.previous_entropy, c.target_entropy, positive.mean().double(), c.alpha_cap)
         return mixed_advantage(advantages, ratio, positive, alpha.to(advantages))

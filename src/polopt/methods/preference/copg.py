@@ -23,7 +23,6 @@ Slots: surrogate; needs `ref_logp`, ignores `old_logp`. Stored completions with 
 
 from typing import Literal
 
-import torch
 from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
@@ -77,7 +76,9 @@ class ContrastivePairs(Surrogate):
         beta = self.config.beta
         rho = masked_sum(evaluation.logp, mask) - masked_sum(batch.ref_logp, mask)
         # a trajectory without decisions has rho = 0 and still takes part with its reward
-        i, j, weight, members = pairs_in_groups(batch.group, (batch.weights > 0).any(-1) | ~batch.mask.any(-1))
+        i, j, weight, members = pairs_in_groups(
+            batch.group, (batch.weights > 0).any(-1) | ~batch.mask.any(-1)
+        )
         outcome = batch.outcome().to(rho)
         reward_gap, rho_gap = outcome[i] - outcome[j], rho[i] - rho[j]
         if self.config.form == "contrastive":

@@ -80,7 +80,9 @@ class PairwiseProximal(Surrogate):
 
     def forward(self, evaluation: Evaluation, batch: Batch) -> Float[Tensor, ""]:
         mask = batch.mask & (batch.loss_weight > 0)
-        x = (masked_sum(evaluation.logp, mask) - masked_sum(batch.old_logp, mask)).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+        x = (masked_sum(evaluation.logp, mask) - masked_sum(batch.old_logp, mask)).clamp(
+            -LOG_RATIO_BOUND, LOG_RATIO_BOUND
+        )
         i, j, weight, _ = pairs_in_groups(batch.group, (batch.loss_weight > 0).any(-1))
         outcome = batch.outcome()
         gap = (outcome[i] - outcome[j]).to(x)
@@ -92,4 +94,6 @@ class PairwiseProximal(Surrogate):
 @register_recipe("p3o")
 def p3o() -> Method:
     """P3O-V2 with two minibatches of whole groups."""
-    return Method(advantage=make_part("advantage", "rloo"), surrogate=PairwiseProximal(), defaults={"minibatches": 2})
+    return Method(
+        advantage=make_part("advantage", "rloo"), surrogate=PairwiseProximal(), defaults={"minibatches": 2}
+    )

@@ -44,7 +44,11 @@ Variant = Literal["real", "bce", "product"]
 
 
 def group_logsumexp(
-    values: Float[Tensor, " N"], member: Bool[Tensor, " N"], index: Int[Tensor, " N"], count: int, anchor: bool
+    values: Float[Tensor, " N"],
+    member: Bool[Tensor, " N"],
+    index: Int[Tensor, " N"],
+    count: int,
+    anchor: bool,
 ) -> Float[Tensor, " P"]:
     """log of the sum of exp(values) over the members in each group, plus 1 with an anchor; 0 for an empty sum."""
     floor = torch.zeros(count, dtype=values.dtype)
@@ -116,7 +120,14 @@ class RewardsAsLabels(Surrogate):
         mask = batch.mask & (batch.loss_weight > 0)
         difference = zero_outside(evaluation.logp, mask) - zero_outside(batch.old_logp, mask)
         rewards = batch.outcome().to(difference)
-        return real_loss(row_mean(difference, mask), rewards, batch.group, mask.any(-1), self.config.tau, self.config.variant)
+        return real_loss(
+            row_mean(difference, mask),
+            rewards,
+            batch.group,
+            mask.any(-1),
+            self.config.tau,
+            self.config.variant,
+        )
 
 
 @register_recipe("real")

@@ -50,8 +50,13 @@ def group_quality(
 
 
 def elastic_scale(
-    advantages: Float[Tensor, "N #T"], quality: Float[Tensor, "N #T"], alpha: float, beta: float, s_min: float, s_max: float
-) -> Float[Tensor, "N #T"]:
+    advantages: Float[Tensor, "*#shape"],
+    quality: Float[Tensor, "*#shape"],
+    alpha: float,
+    beta: float,
+    s_min: float,
+    s_max: float,
+) -> Float[Tensor, "*#shape"]:
     """Equations (E2) to (E4): the factor on the clip's width."""
     micro = 1 + alpha * (advantages.abs() - 1)
     macro = 1 + beta * (2 * quality - 1)
@@ -100,7 +105,9 @@ class ElasticClip(Surrogate):
     def signals(self, batch: Batch) -> dict[str, Tensor]:
         c = self.config
         quality = group_quality(batch.outcome(), batch.group, c.reward_range)[:, None]
-        return {"clip_scale": elastic_scale(batch.advantages.double(), quality, c.alpha, c.beta, c.s_min, c.s_max)}
+        return {
+            "clip_scale": elastic_scale(batch.advantages.double(), quality, c.alpha, c.beta, c.s_min, c.s_max)
+        }
 
     def decision_loss(self, evaluation: Evaluation, batch: Batch) -> Float[Tensor, "N T"]:
         ratio, low, high = self._ratio_and_widths(evaluation, batch)
@@ -119,4 +126,6 @@ class ElasticClip(Surrogate):
 @register_recipe("etr")
 def etr() -> Method:
     """ETR on GRPO's advantages, eight updates per rollout (it acts only through reuse)."""
-    return Method(advantage=GroupStandardized(), surrogate=ElasticClip(), defaults={"epochs": 2, "minibatches": 4})
+    return Method(
+        advantage=GroupStandardized(), surrogate=ElasticClip(), defaults={"epochs": 2, "minibatches": 4}
+    )

@@ -53,7 +53,9 @@ def mean_and_median_advantages(
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
     """Equation (B7): deviations from the mean and from the median of the group, in its standard deviations; 0 for one."""
     groups = Groups.of(group)
-    scale = groups.broadcast(groups.std(outcome)) + eps if norm_by_std else torch.ones((), dtype=torch.float64)
+    scale = (
+        groups.broadcast(groups.std(outcome)) + eps if norm_by_std else torch.ones((), dtype=torch.float64)
+    )
     from_median = outcome.double() - groups.broadcast(group_median(outcome, groups))
     return groups.centre(outcome) / scale, from_median / scale
 
@@ -84,7 +86,11 @@ class MeanAndMedian(Advantage):
         return mean_and_median_advantages(batch.outcome(), batch.group, **dict(self.config))[0][:, None]
 
     def signals(self, batch: Batch) -> dict[str, Tensor]:
-        return {"target_advantages": mean_and_median_advantages(batch.outcome(), batch.group, **dict(self.config))[1]}
+        return {
+            "target_advantages": mean_and_median_advantages(
+                batch.outcome(), batch.group, **dict(self.config)
+            )[1]
+        }
 
 
 @register("bounded_ratio")
@@ -123,4 +129,6 @@ class BoundedRatio(Surrogate):
 @register_recipe("gbpo")
 def gbpo() -> Method:
     """GBPO with the repository's widths and temperature, five passes over the data."""
-    return Method(advantage=MeanAndMedian(), surrogate=BoundedRatio(), defaults={"epochs": 5, "minibatches": 4})
+    return Method(
+        advantage=MeanAndMedian(), surrogate=BoundedRatio(), defaults={"epochs": 5, "minibatches": 4}
+    )

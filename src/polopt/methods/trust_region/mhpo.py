@@ -48,7 +48,13 @@ class Modulation(NamedTuple):
 
 
 def modulate(
-    x: Float[Tensor, "*shape"], c: float, k_pos: float, lambda_pos: float, k_neg: float, lambda_neg: float, use_hazard: bool = True
+    x: Float[Tensor, "*shape"],
+    c: float,
+    k_pos: float,
+    lambda_pos: float,
+    k_neg: float,
+    lambda_neg: float,
+    use_hazard: bool = True,
 ) -> Modulation:
     """Equations (M1) to (M4) of log-ratios `x` in nats."""
     psi = c * torch.tanh(x / c)

@@ -89,4 +89,6 @@ class RatioVariance(Surrogate):
 @register_recipe("r2vpo")
 def r2vpo() -> Method:
     """R2VPO on GRPO's advantages, eight updates per rollout."""
-    return Method(advantage=GroupStandardized(), surrogate=RatioVariance(), defaults={"epochs": 2, "minibatches": 4})
+    return Method(
+        advantage=GroupStandardized(), surrogate=RatioVariance(), defaults={"epochs": 2, "minibatches": 4}
+    )

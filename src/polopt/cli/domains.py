@@ -1,0 +1,151 @@
+"""What the command line must know of each domain. A domain is an entry of `DOMAINS` and a section of `RunConfig`."""
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from polopt.config import RunConfig
+from polopt.errors import ConfigError, MissingExtraError
+from polopt.settings import nearest
+
+if TYPE_CHECKING:
+    from polopt.cli.estimate import Estimate
+    from polopt.domain import Task
+    from polopt.language.actor import LanguageActor
+    from polopt.language.tasks import LanguageTask
+    from polopt.method import Method
+
+CRITIC = frozenset({"value", "old_value"})
+KINDS = {
+    "reasoning_gym": "reasoning_gym:NAME",
+    "jsonl": "jsonl:FILE",
+    "dataset": "dataset:DIR",
+    "python": "python:FILE:FUNCTION",
+}
+"""Kinds of language tasks, besides the built-in ones, with the form of their specs."""
+_WARM_UP_ROWS = 64
+"""Examples of a supervised step."""
+
+
+class Domain(Protocol):
+    """A domain, from a configuration."""
+
+    def require(self, config: RunConfig) -> None:
+        """Refuse what needs libraries or files that are not there; quick, without torch.
+
+        Raises:
+            ConfigError: a file is missing.
+            MissingExtraError: a library is missing.
+        """
+        ...
+
+    def provides(self) -> frozenset[str]:
+        """What the domain's actor provides if asked, before there is one."""
+        ...
+
+    def task(self, config: RunConfig) -> "Task":
+        """The task."""
+        ...
+
+    def actor(self, config: RunConfig, task: Any, method: "Method") -> Any:
+        """The `polopt.domain.Actor`; loads whatever is large."""
+        ...
+
+    def estimate(self, config: RunConfig, task: Any, method: "Method") -> "Estimate":
+        """Memory and time of an iteration, without loading weights."""
+        ...
+
+    def tasks(self) -> list[dict[str, Any]]:
+        """The tasks that there are: `spec`, `kind`, `summary`, `available`, `parameters`."""
+        ...
+
+
+class LanguageDomain:
+    """Causal language models on tasks with verifiable answers."""
+
+    def require(self, config: RunConfig) -> None:
+        """Libraries of model and task, and the files that the task and the rewards are in."""
+        needed = {"transformers": "domain = 'language'"}
+        if config.language.lora_rank:
+            needed["peft"] = f"language.lora_rank = {config.language.lora_rank}"
+        if config.task.startswith("reasoning_gym:"):
+            needed["reasoning_gym"] = f"task = {config.task!r}"
+        self._require_kind(config.task)
+        for module, purpose in needed.items():
+            if find_spec(module) is None:
+                raise MissingExtraError(
+                    f'{purpose}: needs {module}, which is not installed: pip install "polopt[language]"'
+                )
+        for field, spec in [("task", config.task), *(("reward", reward) for reward in config.reward)]:
+            kind, _, rest = spec.partition(":")
+            if kind != "python" and field == "reward":
+                raise ConfigError(f"reward = {spec!r}: write python:FILE:FUNCTION")
+            file = {"python": rest.rpartition(":")[0], "jsonl": rest, "dataset": rest}.get(kind)
+            if file is not None and not Path(file).exists():
+                raise ConfigError(f"{field} = {spec!r}: there is no file {file!r}")
+
+    def provides(self) -> frozenset[str]:
+        """Everything that can be evaluated, and what rollouts carry."""
+        from polopt.batch import EVALUATED
+
+        return EVALUATED | {"old_entropy", "terminated", "truncated", "answer", "task"}
+
+    def task(self, config: RunConfig) -> "LanguageTask":
+        """The task, with the run's further rewards."""
+        from polopt.language.tasks import task_from_spec
+
+        rewards = {"rewards": config.reward} if config.reward else {}
+        return task_from_spec(config.task, **config.task_options, **rewards)
+
+    def actor(self, config: RunConfig, task: "LanguageTask", method: "Method") -> "LanguageActor":
+        """The model, warmed up if it is one from scratch."""
+        from polopt.language.actor import LanguageActor
+
+        critic, seed = bool(CRITIC & method.requires), config.trainer.seed
+        actor = LanguageActor.build(config.language, stop=task.stop, critic=critic, seed=seed)
+        if config.language.warm_up:
+            self._warm_up(actor, config, task)
+        return actor
+
+    def estimate(self, config: RunConfig, task: "LanguageTask", method: "Method") -> "Estimate":
+        """See `polopt.cli.estimate`."""
+        from polopt.cli.estimate import estimate_language
+
+        return estimate_language(config, task, method)
+
+    def tasks(self) -> list[dict[str, Any]]:
+        """See `polopt.language.tasks.list_tasks`."""
+        from polopt.language.tasks import list_tasks
+
+        return list_tasks()
+
+    def _require_kind(self, spec: str) -> None:
+        from polopt.language.builtin_tasks import BUILTINS
+
+        builtins = [f"builtin:{name}" for name in BUILTINS]
+        kind, _, rest = spec.partition(":")
+        if spec not in builtins and (kind not in KINDS or not rest):
+            raise ConfigError(f"task = {spec!r}: unknown; {nearest(spec, [*builtins, *KINDS.values()])}")
+
+    def _warm_up(self, actor: "LanguageActor", config: RunConfig, task: "LanguageTask") -> None:
+        from polopt.engine.seeding import generator
+        from polopt.language.tiny import warm_up
+
+        steps, draws = config.language.warm_up, generator(config.trainer.seed, "warm_up", 0)
+        pairs = islice(_answered(task), steps * _WARM_UP_ROWS)
+        warm_up(actor.model, actor.tokenizer, pairs, steps, _WARM_UP_ROWS, config.language.warm_up_lr, draws)
+        actor.language_model.keep_reference()
+
+
+def _answered(task: "LanguageTask") -> Iterator[tuple[Any, str]]:
+    """Training prompts with the completion that answers them in the task's style."""
+    for index in range(task.train_size):
+        example = task.train(index)
+        if example.answer:
+            tagged = f"<answer>{example.answer}</answer>" if task.style == "chat" else example.answer
+            yield example.prompt, f" {tagged}{task.stop[0]}" if task.stop else tagged
+
+
+DOMAINS: dict[str, Domain] = {"language": LanguageDomain()}
