@@ -3,6 +3,7 @@
 import json
 import resource
 import sys
+import tempfile
 import time
 from typing import Any
 
@@ -62,7 +63,7 @@ def main(scenario: str, model_path: str, steps: int) -> None:
         return [last_number_is(text, right) for text, right in zip(texts, answer, strict=True)]
 
     config = GRPOConfig(
-        output_dir="/tmp/trl_bench", max_steps=steps, per_device_train_batch_size=16,
+        output_dir=tempfile.mkdtemp(), max_steps=steps, per_device_train_batch_size=16,
         gradient_accumulation_steps=PROMPTS * ROLLOUTS // 16, num_generations=ROLLOUTS,
         max_completion_length=sizes["max_new_tokens"], learning_rate=1e-5, lr_scheduler_type="constant", beta=0.0,
         loss_type="dapo", temperature=1.0, bf16=True, use_cpu=True, gradient_checkpointing=False, logging_steps=1,

@@ -91,7 +91,7 @@ class Catalog:
         """The parts' classes by slot and name."""
         found: dict[str, dict[str, ast.ClassDef]] = {slot: {} for slot in SLOTS}
         for node in self._classes.values():
-            slot = self._slot(node)
+            slot = self._slot(node) or ""
             for name in _registered(node, "register"):
                 found[slot][name] = node
             if slot in WITH_DEFAULT and slot == _own_slot(node):
@@ -102,12 +102,10 @@ class Catalog:
         """A model that refuses what the part's `Config` does, its validators apart."""
         fields = {}
         for name, declared in self._fields(part).items():
-            bounds = {}
+            bounds: dict[str, Any] = {}
             if isinstance(declared.value, ast.Call):
-                constants = {
-                    k.arg: k.value for k in declared.value.keywords if isinstance(k.value, ast.Constant)
-                }
-                bounds = {bound: constants[bound].value for bound in _BOUNDS if bound in constants}
+                given = {k.arg: k.value for k in declared.value.keywords}
+                bounds = {bound: ast.literal_eval(given[bound]) for bound in _BOUNDS if bound in given}
             fields[name] = (self._type(declared.annotation), Field(None, **bounds))
         return create_model(part.name, __base__=Settings, **fields)
 

@@ -146,7 +146,7 @@ class LanguageActor:
                 batch,
                 requires,
                 temperature=self.config.temperature,
-                value_head=self.module["critic"] if "critic" in self.module else None,
+                value_head=dict(self.module.items()).get("critic"),
                 **options,
             )
 

@@ -86,7 +86,7 @@ def invert_cdf(weights: Float[Tensor, "N W"], uniforms: Float[Tensor, " N"]) -> 
 
 
 def _first_above(cumulative: Float[Tensor, "N B"], target: Float[Tensor, "N 1"]) -> Int[Tensor, "N 1"]:
-    """First index whose cumulative weight is above the target; a target above them all counts as just below the last."""
+    """First index whose cumulative weight is above the target, which is taken as below the last one at most."""
     last = cumulative[:, -1:]
     target = torch.minimum(target, torch.nextafter(last, torch.zeros_like(last)))
     return torch.searchsorted(cumulative, target, right=True)

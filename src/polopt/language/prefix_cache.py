@@ -1,36 +1,19 @@
 """Keys and values of completions that share their prompts: a prompt is stored once for all rows that continue it.
 
-The cache is the model's attention function (transformers' `AttentionInterface`), so every model that attends through it
-works as it is. The tokens of a forward pass are one packed sequence [1, S]: first all tokens of the prompts, then one
-token of each row, which attends to its prompt in one matrix product with the other rows of that prompt, and to its own
-earlier tokens.
+The tokens of a forward pass are one packed sequence [1, S]: first all tokens of the prompts, then one token of each row,
+which attends to its prompt in one matrix product with the other rows of that prompt, and to its own earlier tokens.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from polopt.errors import ConfigError
+from polopt.language.attention import Rule, causal_attention, softcapped
 
-ATTENTION = "polopt_shared_prefix"
 SUFFIX_BLOCK = 16
-"""Tokens of a row that there is memory for at first. Matrix products run over all of it: slices would be copied first."""
-
-_active: ContextVar["PrefixCache"] = ContextVar("_active")
-
-
-class Rule(NamedTuple):
-    """How a layer attends: scores are `softcap(scaling q k)` for keys less than `window` tokens back."""
-
-    scaling: float
-    window: int | None
-    softcap: float | None
+"""Tokens of a row that there is memory for at first. Matrix products run over all of it: a slice would be copied."""
 
 
 @dataclass
@@ -45,7 +28,7 @@ class Layer:
     def append(
         self, key: Float[Tensor, "R h d"], value: Float[Tensor, "R h e"], step: int
     ) -> tuple[Float[Tensor, "Rh T d"], Float[Tensor, "Rh T e"]]:
-        """Store the rows' keys and values number `step`; all memory of these rows, zeros where nothing is stored yet."""
+        """Store the rows' keys and values number `step`; all memory of these rows, zeros where nothing is stored."""
         if self.keys is None or self.values is None:
             self.keys, self.values = (_extended(x.unsqueeze(2)[:, :, :0], SUFFIX_BLOCK) for x in (key, value))
         elif step == self.keys.shape[2]:
@@ -65,8 +48,8 @@ class Layer:
 class PrefixCache:
     """The attention of the rows that continue some prompts.
 
-    First `read_prompts` and a forward pass for some prompts after the other, then `begin_rows`, then one forward pass and
-    `advance` for each token of the rows.
+    Its `attend` is to be the attention of the model. First `read_prompts` and a forward pass, for all prompts at once or
+    some after the other; then `begin_rows`; then one forward pass and `advance` for each token of the rows.
 
     Args:
         lengths: tokens of each prompt, all positive.
@@ -80,25 +63,6 @@ class PrefixCache:
         self.steps = 0
         self._reading: slice | None = None
         self._biases: dict[int | None, Tensor] = {}
-
-    @contextmanager
-    def attention_of(self, model: nn.Module) -> Iterator[None]:
-        """Inside, the model attends with this cache."""
-        from transformers import AttentionInterface
-
-        AttentionInterface.register(ATTENTION, _attention)
-        found = (m.config for m in model.modules() if hasattr(m, "config"))
-        configs = list({id(c): c for c in found if hasattr(c, "_attn_implementation_internal")}.values())
-        before = [config._attn_implementation_internal for config in configs]
-        token = _active.set(self)
-        try:
-            for config in configs:
-                config._attn_implementation_internal = ATTENTION
-            yield
-        finally:
-            for config, implementation in zip(configs, before, strict=True):
-                config._attn_implementation_internal = implementation
-            _active.reset(token)
 
     def read_prompts(self, prompts: slice) -> tuple[Int[Tensor, " S"], Int[Tensor, " p"]]:
         """Expect all tokens of these prompts, one prompt after the other, in the next forward pass.
@@ -178,7 +142,7 @@ class PrefixCache:
             )
         self.layers[number].prefix_keys[prompts, :, : key.shape[2]] = key
         self.layers[number].prefix_values[prompts, :, : key.shape[2]] = value
-        return _causal_attention(query, key, value, rule).transpose(1, 2)[present]
+        return causal_attention(query, key, value, rule).transpose(1, 2)[present]
 
     def _attend_rows(
         self, layer: Layer, query: Tensor, key: Tensor, value: Tensor, rule: Rule
@@ -199,7 +163,7 @@ class PrefixCache:
         scores = torch.cat([prefix, torch.bmm(query, keys.transpose(1, 2))], -1).view(
             rows, heads * groups, -1
         )
-        scores, scaling = _softcapped(scores, rule)
+        scores, scaling = softcapped(scores, rule)
         scores = torch.add(self._bias(rule.window, keys.shape[1]), scores, alpha=scaling)
         weights = scores.softmax(-1).to(values.dtype).view(rows * heads, groups, -1)
         output = prefix_product(weights, layer.prefix_values.flatten(0, 1))
@@ -251,58 +215,3 @@ def _rank(owner: Int[Tensor, " R"], prompts: int) -> Int[Tensor, " R"]:
     return torch.empty_like(owner).index_copy_(
         0, order, torch.arange(len(owner), device=owner.device) - first
     )
-
-
-def _causal_attention(
-    query: Float[Tensor, "p H L d"],
-    key: Float[Tensor, "p h L d"],
-    value: Float[Tensor, "p h L e"],
-    rule: Rule,
-) -> Float[Tensor, "p H L e"]:
-    length, groups = query.shape[2], query.shape[1] // key.shape[1]
-    if rule.softcap is None and (rule.window is None or length <= rule.window):
-        return nn.functional.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=rule.scaling, enable_gqa=groups > 1
-        )
-    columns = torch.arange(length, device=query.device)
-    back = columns.unsqueeze(1) - columns
-    seen = (back >= 0) & (back < (rule.window or length))
-    scores = torch.matmul(query.unflatten(1, (-1, groups)), key.unsqueeze(2).transpose(-1, -2))
-    scores, scaling = _softcapped(scores, rule)
-    weights = (scores * scaling).masked_fill(~seen, -torch.inf).softmax(-1)
-    return torch.matmul(weights, value.unsqueeze(2)).flatten(1, 2)
-
-
-def _softcapped(scores: Float[Tensor, "..."], rule: Rule) -> tuple[Float[Tensor, "..."], float]:
-    """Scores, and what is left to scale them by."""
-    if rule.softcap is None:
-        return scores, rule.scaling
-    return rule.softcap * torch.tanh(scores * (rule.scaling / rule.softcap)), 1.0
-
-
-def _attention(
-    module: nn.Module,
-    query: Float[Tensor, "1 H S d"],
-    key: Float[Tensor, "1 h S d"],
-    value: Float[Tensor, "1 h S e"],
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **options: Any,
-) -> tuple[Float[Tensor, "1 S H e"], None]:
-    """The signature that transformers calls."""
-    given = [name for name in ("position_bias", "s_aux") if options.get(name) is not None]
-    if given or options.get("is_causal", getattr(module, "is_causal", True)) is False:
-        what = f"the attention option {given[0]!r}" if given else "attention that is not causal"
-        raise ConfigError(
-            f"model: {type(module).__name__} has {what}, which the sampler cannot share prompts with"
-        )
-    kinds = getattr(module.config, "layer_types", None)
-    if sliding_window is None and kinds and kinds[module.layer_idx] == "sliding_attention":
-        raise ConfigError(
-            f"model: {type(module).__name__} has a sliding window that it does not tell to its attention"
-        )
-    rule = Rule(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
-    number: Any = module.layer_idx
-    return _active.get().attend(number, query[0], key[0], value[0], rule).unsqueeze(0), None

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from polopt.errors import ConfigError
+from polopt.language.attention import replaced_attention
 from polopt.language.drawing import Draw, draw_tokens
 from polopt.language.prefix_cache import PrefixCache
 from polopt.language.replica import Replica
@@ -164,7 +165,7 @@ class CompletionSampler:
     ) -> None:
         """Sample the rows `rows` of the output, row i of them continuing `prompts[owner[i]]`."""
         cache = PrefixCache([len(prompt) for prompt in prompts], owner.device)
-        with cache.attention_of(self.model):
+        with replaced_attention(self.model, cache.attend):
             logits = self._read_prompts(cache, prompts)[owner]
             positions = cache.lengths[owner]
             cache.begin_rows(owner)
@@ -255,9 +256,8 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _config(model: nn.Module) -> Any:
-    config: Any = model.config
-    return config.get_text_config()
+def _config(model: Any) -> Any:
+    return model.config.get_text_config()
 
 
 def _check_supported(model: nn.Module) -> None:

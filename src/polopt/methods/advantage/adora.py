@@ -4,14 +4,14 @@ After each rollout every prompt is labelled as advantageous for training (TAS) o
 rate of its own rollouts, and the advantages of its group are multiplied by a weight. Wraps any estimator: A -> w A.
 
 .. math::
-    S = \{i: r_i > \theta\}, \quad F = \{i: r_i \le \theta,\ \ell_i < \ell_{max}\}                              \tag{1}
+    S = \{i: r_i > \theta\}, \quad F = \{i: r_i \le \theta,\ \ell_i < \ell_{max}\} \tag{1}
 
 .. math::
-    LA_g = [\max_S \ell_i > \mathrm{mean}_F\,\ell_i], \quad DA_g = [|S| / G \le \tau]                          \tag{2, 3}
+    LA_g = [\max_S \ell_i > \mathrm{mean}_F\,\ell_i], \quad DA_g = [|S| / G \le \tau] \tag{2, 3}
 
 .. math::
     w_g = \begin{cases}1 \text{ if TAS else } w & \text{attenuate} \\ w \text{ if TAS else } 1 & \text{amplify}\end{cases},
-    \quad A_i = w_{g(i)} A^{base}_i                                                                     \tag{5, 6}
+    \quad A_i = w_{g(i)} A^{base}_i \tag{5, 6}
 
 TAS is LA, DA, both or either (`criterion`). Presets: `vlm` (attenuate by 0.1 on length: paper and released VLM code),
 `llm_code` (the released LLM code), `llm_paper` (amplify by 2 on both criteria; RECONSTRUCTED: that it is both). Most of
@@ -75,7 +75,8 @@ def advantageous(
         criterion: by length, difficulty, both or either.
         threshold: rewards above it are successes.
         max_length: failures of this length or more were cut off, and are ignored.
-        no_success, no_failure: the label by length of a group without successes, without failures.
+        no_success: the label by length of a group without successes.
+        no_failure: the label by length of a group without failures.
         max_success_rate: tau, the success rate up to which a group is difficult.
     """
     success = outcome > threshold

@@ -5,19 +5,19 @@ prompt is divided by a second Beta density at its rate, whose parameters make th
 REINFORCE with baseline (alpha = beta = 1) and GRPO (3/2, up to pi/8) are two members of the family.
 
 .. math::
-    \tilde r_i = \frac{r_i - r_{min}}{r_{max} - r_{min}}, \quad p_g = \frac1{G_g}\sum_{i \in g} \tilde r_i          \tag{1, 2}
+    \tilde r_i = \frac{r_i - r_{min}}{r_{max} - r_{min}}, \quad p_g = \frac1{G_g}\sum_{i \in g} \tilde r_i \tag{1, 2}
 
 .. math::
     m = \frac1P\sum_g p_g, \quad v = \frac1{P-1}\sum_g (p_g - m)^2, \quad
-    \kappa = \frac{m(1-m)}{v} - 1, \quad a = \kappa m, \quad b = \kappa(1-m)                                    \tag{3, 4}
+    \kappa = \frac{m(1-m)}{v} - 1, \quad a = \kappa m, \quad b = \kappa(1-m) \tag{3, 4}
 
 .. math::
     \alpha = \max(1, 1 + a/3), \quad \beta = \max(1, 1 + b/3), \quad
-    f(p) = \frac{p^{\alpha-1}(1-p)^{\beta-1}}{B(\alpha, \beta)}                                              \tag{5, 6}
+    f(p) = \frac{p^{\alpha-1}(1-p)^{\beta-1}}{B(\alpha, \beta)} \tag{5, 6}
 
 .. math::
     A_i = \min(1/f(p_g), w_{max})\,(\tilde r_i - p_g), \quad
-    A_i = \tfrac1K \sum_k A^{(k)}_i \text{ for K rewards}                                                    \tag{7, 8}
+    A_i = \tfrac1K \sum_k A^{(k)}_i \text{ for K rewards} \tag{7, 8}
 
 Where the official code gives NaN (equal rates, one prompt) alpha = beta = 1; a group of one has advantage 0 and stays
 out of the moments. The scale of A moves while the policy learns: learning rates are not GRPO's.
@@ -97,7 +97,8 @@ def bnpo_advantage(
     Args:
         rewards: [N, K] in [r_min, r_max]; NaN entries do not apply: they count as the group's mean.
         group: group ids.
-        r_min, r_max: range of every reward.
+        r_min: smallest value of every reward.
+        r_max: largest value of every reward.
         weight_max: cap of 1 / f.
 
     Returns:

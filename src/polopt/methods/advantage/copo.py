@@ -6,15 +6,15 @@ disagree learn locally, those whose answers agree learn globally.
 
 .. math::
     H_g = -\sum_c \hat p_c \log_2 \hat p_c, \quad
-    R^{glob}_g = \bar r_g \text{ or } \bar r_g(1 - \lambda_n H_g), \ \lambda_n = \frac{1 - 1/n}{\log_2 n}             \tag{1, 2}
+    R^{glob}_g = \bar r_g \text{ or } \bar r_g(1 - \lambda_n H_g), \ \lambda_n = \frac{1 - 1/n}{\log_2 n} \tag{1, 2}
 
 .. math::
     A^{loc}_i = \frac{r_i - \bar r_g}{\mathrm{std}_g + \epsilon}, \quad
-    A^{glob}_i = \frac{R^{glob}_{g(i)} - \mathrm{mean}_g R^{glob}}{\mathrm{std}_g R^{glob} + \epsilon}              \tag{3, 4}
+    A^{glob}_i = \frac{R^{glob}_{g(i)} - \mathrm{mean}_g R^{glob}}{\mathrm{std}_g R^{glob} + \epsilon} \tag{3, 4}
 
 .. math::
     \omega_g = \sigma(\gamma(H_g - \rho)), \quad
-    \ell_{it} = \omega_i\,\ell_{it}(A^{loc}_i) + (1 - \omega_i)\,\ell_{it}(A^{glob}_i)                          \tag{5, 7}
+    \ell_{it} = \omega_i\,\ell_{it}(A^{loc}_i) + (1 - \omega_i)\,\ell_{it}(A^{glob}_i) \tag{5, 7}
 
 Modes of the blend: `soft` (5); `soft_forced` gives zero-variance prompts the global loss alone; `hard_forced` is a
 switch on A^loc != 0; `soft_correct_only` gives wrong answers the global loss alone; `global`, `local` (= GRPO). A single

@@ -6,17 +6,17 @@ and heavy-tailed rewards of a mixed batch weigh alike and no outlier dominates.
 
 .. math::
     q_i = \Phi^{-1}\Big(\frac{i - 0.5}{n}\Big), \quad
-    z = \mathrm{OT}(r)_{\text{group}}, \quad A = \mathrm{OT}(z)_{\text{task}}                                \tag{1, 2, 3}
+    z = \mathrm{OT}(r)_{\text{group}}, \quad A = \mathrm{OT}(z)_{\text{task}} \tag{1, 2, 3}
 
 .. math::
-    \text{several rewards: } A = \mathrm{OT}\Big(\textstyle\sum_k z^{(k)}\Big)_{\text{task}}                    \tag{4}
+    \text{several rewards: } A = \mathrm{OT}\Big(\textstyle\sum_k z^{(k)}\Big)_{\text{task}} \tag{4}
 
 .. math::
     \mathrm{env}(\ell) = 0 \ (\ell < a, \ell > d),\ \tfrac{\ell-a}{b-a} \ (a \le \ell < b),\ 1 \ (b \le \ell \le c),\
-    1 - \tfrac{\ell-c}{d-c} \ (c < \ell \le d)                                                          \tag{6}
+    1 - \tfrac{\ell-c}{d-c} \ (c < \ell \le d) \tag{6}
 
 .. math::
-    L_H = c_H \sum_\tau \big[\max(0, H_\tau - H_{hi}) + \max(0, H_{lo} - H_\tau)\big]                            \tag{7}
+    L_H = c_H \sum_\tau \big[\max(0, H_\tau - H_{hi}) + \max(0, H_{lo} - H_\tau)\big] \tag{7}
 
 Scores are computed in float64 with a tie tolerance, since the second stage would otherwise rank rounding noise. (7) with
 the released estimator (`sampled`, minus log-probability of the drawn token) has no expected gradient on policy; `full`

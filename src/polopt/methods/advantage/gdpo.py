@@ -5,14 +5,14 @@ the sum is standardised once over the batch: combinations of rewards that GRPO o
 own advantages, and the scale does not grow with the number of rewards.
 
 .. math::
-    A^{(k)}_i = \frac{R_{ik} - \mu_{gk}}{\sigma_{gk} + \epsilon_g}, \quad A_i = \sum_k w_k A^{(k)}_i          \tag{2, 3}
+    A^{(k)}_i = \frac{R_{ik} - \mu_{gk}}{\sigma_{gk} + \epsilon_g}, \quad A_i = \sum_k w_k A^{(k)}_i \tag{2, 3}
 
 .. math::
-    \hat A_i = \frac{A_i - \mathrm{mean}_j A_j}{\mathrm{std}_j A_j + \epsilon_b}                              \tag{4}
+    \hat A_i = \frac{A_i - \mathrm{mean}_j A_j}{\mathrm{std}_j A_j + \epsilon_b} \tag{4}
 
 .. math::
     \hat A_{it} = \frac{A_i - \mu}{\sqrt{v + \epsilon_b}}, \quad
-    \mu, v \text{ over all valid tokens, } v \text{ unbiased}                                              \tag{5}
+    \mu, v \text{ over all valid tokens, } v \text{ unbiased} \tag{5}
 
 Standard deviations are unbiased. Level "sequence" is (4), the paper's; level "token" is (5), the verl variant, where
 long samples weigh more and epsilon_b is in the variance. One reward alone: (2), which is GRPO. A reward that does not

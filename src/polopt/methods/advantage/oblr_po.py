@@ -6,14 +6,14 @@ gradient's signal-to-noise ratio. The estimators of both are the library's.
 
 .. math::
     b_g = \frac{\sum_{j \in g} w_j r_j}{\sum_{j \in g} w_j}, \quad
-    b_i = \frac{\sum_{j \ne i} w_j r_j}{\sum_{j \ne i} w_j} \text{ (leave one out)}, \quad A_i = r_i - b_i              \tag{3, 4}
+    b_i = \frac{\sum_{j \ne i} w_j r_j}{\sum_{j \ne i} w_j} \text{ (leave one out)}, \quad A_i = r_i - b_i \tag{3, 4}
 
 .. math::
     w_i = \sum_t m_{it} \lVert e_a - \pi_{it}\rVert^2 = \sum_t m_{it}\big(1 - 2\pi_{it}(a) + \textstyle\sum_v \pi_{it}(v)^2\big) \tag{5}
 
 .. math::
     \hat V = \frac{\sum_p \lVert g_p\rVert^2 - P\lVert\bar g\rVert^2}{P(P-1)}, \quad \hat S = \lVert\bar g\rVert^2 - \hat V, \quad
-    \eta = \mathrm{clip}\Big(\eta_{max}\frac{S}{S + V}, \eta_{min}, \eta_{max}\Big)                              \tag{6, 7}
+    \eta = \mathrm{clip}\Big(\eta_{max}\frac{S}{S + V}, \eta_{min}, \eta_{max}\Big) \tag{6, 7}
 
 S and V in (7) are averages with bias correction of the unclipped estimates, S then clipped at 0. Weights that sum to 0
 give the plain mean; a group of one has advantage 0. The schedule pays where the rate is too large or the reward noisy;

@@ -5,10 +5,10 @@ beta-quantile once, everything above nothing. As 0/1 rewards are too coarse for 
 takes one answer of each, its score is the sum of their rewards, and its members share one advantage.
 
 .. math::
-    A(R) = -(1+\omega)(a - R)^+ + (R - a)^+ - (R - b)^+ + a - b, \quad a = F^{-1}(\alpha),\ b = F^{-1}(\beta)       \tag{2}
+    A(R) = -(1+\omega)(a - R)^+ + (R - a)^+ - (R - b)^+ + a - b, \quad a = F^{-1}(\alpha),\ b = F^{-1}(\beta) \tag{2}
 
 .. math::
-    q \leftarrow q + \gamma\big(s - \tfrac1J\textstyle\sum_j 1[R_j < q]\big), \quad s \in \{\alpha, \beta\}          \tag{3}
+    q \leftarrow q + \gamma\big(s - \tfrac1J\textstyle\sum_j 1[R_j < q]\big), \quad s \in \{\alpha, \beta\} \tag{3}
 
 .. math::
     L = -\frac1J\sum_j\frac1{B_j}\sum_{i \in j}\min\big(s_i A^{(j)}, \mathrm{clip}(s_i, 1-\epsilon, 1+\epsilon)A^{(j)}\big) \tag{4}
@@ -107,8 +107,11 @@ def released_advantage(
 
     Args:
         outcome: rewards.
-        group, bundle, bundle_set: who belongs together; bundle -1 gets advantage 0.
-        alpha, beta: quantile levels.
+        group: group ids.
+        bundle: bundle of each trajectory; -1 gets advantage 0.
+        bundle_set: bundle set of each trajectory.
+        alpha: level of the tail.
+        beta: level above which nothing counts.
         w_mix: weight of the tail against 1 for the middle; None leaves the tail out.
         credit: the bundle's advantage to all, in deviations of the prompt's rewards, or by the reward above the mean.
         natural_baseline: add the constant a - b.

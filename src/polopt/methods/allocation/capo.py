@@ -1,5 +1,6 @@
-r"""CAPO - Stabilizing Policy Gradients for Sample-Efficient Reinforcement Learning in LLM Reasoning
-(Curvature-Aware Policy Optimization, arXiv 2510.00819, ICLR 2026).
+r"""CAPO - Curvature-Aware Policy Optimization (arXiv 2510.00819, ICLR 2026).
+
+From "Stabilizing Policy Gradients for Sample-Efficient Reinforcement Learning in LLM Reasoning".
 
 Predicts for every token how far its own optimizer step would move the objective (second order) and the policy (Fisher),
 in a model that holds only the last linear layer, and masks the few tokens whose predicted shift leaves a trust region.
@@ -8,15 +9,15 @@ With h the features, z = W h the kept logits, pi their softmax, e_a the one-hot 
 advantage and lr the current rate:
 
 .. math::
-    v = e_a - \pi, \quad g = A\,v \otimes h, \quad \Delta = \mathrm{opt}(g), \quad u = \Delta h                      \tag{1, 2, 3}
+    v = e_a - \pi, \quad g = A\,v \otimes h, \quad \Delta = \mathrm{opt}(g), \quad u = \Delta h \tag{1, 2, 3}
 
 .. math::
     m_H = lr \langle g, \Delta\rangle + \tfrac12 lr^2 A\big[(v^\top u)^2 - u^\top F u\big], \quad
-    F = \mathrm{diag}(\pi) - \pi\pi^\top                                                                \tag{4}
+    F = \mathrm{diag}(\pi) - \pi\pi^\top \tag{4}
 
 .. math::
     m_F = \tfrac12 lr^2 (v^\top u)^2, \qquad
-    \text{accept iff } m_F < \tau_F \text{ and } -\tau_H < m_H < \tau_H                                    \tag{5, 6}
+    \text{accept iff } m_F < \tau_F \text{ and } -\tau_H < m_H < \tau_H \tag{5, 6}
 
 The step model is SGD (Delta = g) or Adam with moments per row of the layer (9), apart from the real optimizer's; while
 no row has moments, Delta = g. The asymmetric rule accepts 0 <= m_H < tau_H; a threshold of 0 switches its test off. The
@@ -60,6 +61,9 @@ class AdamConstants(NamedTuple):
     eps: float = 1e-8
 
 
+ADAM = AdamConstants()
+
+
 class Shifts(NamedTuple):
     """Predicted shifts of each token's own step."""
 
@@ -83,7 +87,7 @@ def predicted_shifts(
     advantages: Float[Tensor, " n"],
     lr: float,
     moments: Moments | None = None,
-    adam: AdamConstants = AdamConstants(),
+    adam: AdamConstants = ADAM,
 ) -> Shifts:
     """Equations (1) to (5); SGD's step if `moments` is None or empty.
 
@@ -146,7 +150,7 @@ def updated_moments(
     action: Int[Tensor, " n"],
     advantages: Float[Tensor, " n"],
     moments: Moments,
-    adam: AdamConstants = AdamConstants(),
+    adam: AdamConstants = ADAM,
 ) -> Moments:
     """Equation (9): one Adam step of the rows that occur, on their mean gradient over the (accepted) tokens given."""
     v, _ = score(logits, rows, action)

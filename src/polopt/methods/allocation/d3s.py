@@ -4,13 +4,13 @@ Advantages are computed from all rollouts; then only those rollouts are kept who
 over the batch, and of their tokens those with the largest |advantage| x entropy. How much is kept grows over training.
 
 .. math::
-    \hat S = \arg\max_{S \subset batch, |S| = N} \mathrm{Var}(A_S), \quad N = \min(N_s Q, |batch|)                  \tag{2}
+    \hat S = \arg\max_{S \subset batch, |S| = N} \mathrm{Var}(A_S), \quad N = \min(N_s Q, |batch|) \tag{2}
 
 .. math::
-    s_{it} = |A_{it}| H_{it}, \quad k = \min(n, \max(1, \lceil K n\rceil)) \text{ tokens of the kept rollouts}       \tag{4}
+    s_{it} = |A_{it}| H_{it}, \quad k = \min(n, \max(1, \lceil K n\rceil)) \text{ tokens of the kept rollouts} \tag{4}
 
 .. math::
-    [N_s, K](p) = (1 - p)[N_{init}, K_{init}] + p[N_{final}, K_{final}]                                     \tag{5}
+    [N_s, K](p) = (1 - p)[N_{init}, K_{init}] + p[N_{final}, K_{final}] \tag{5}
 
 The best set is always the a largest and the N - a smallest advantages (3). Scope "group" selects inside each group
 (D3S-I). Advantages are never normalised again; rollouts that are dropped are not evaluated.

@@ -4,13 +4,13 @@ A prompt whose rollouts all succeed or all fail has no gradient. The total numbe
 each prompt gets its own, chosen to maximise the sum of learning values at the prompts' recent success rates.
 
 .. math::
-    P_{nz}(N, p) = 1 - p^N - (1-p)^N, \quad G(p) = p(1-p)^2, \quad \mathrm{Value}(N, p) = P_{nz}(N, p)\,G(p)         \tag{1, 2, 3}
+    P_{nz}(N, p) = 1 - p^N - (1-p)^N, \quad G(p) = p(1-p)^2, \quad \mathrm{Value}(N, p) = P_{nz}(N, p)\,G(p) \tag{1, 2, 3}
 
 .. math::
-    \max \sum_i \mathrm{Value}(N_i, p_i) \ \text{ s.t. } \sum_i N_i = N_{total},\ N_{low} \le N_i \le N_{up}         \tag{4}
+    \max \sum_i \mathrm{Value}(N_i, p_i) \ \text{ s.t. } \sum_i N_i = N_{total},\ N_{low} \le N_i \le N_{up} \tag{4}
 
 .. math::
-    c(p) = \frac{\ln(1 - \alpha)}{\ln\max(p, 1-p)}                                                          \tag{5}
+    c(p) = \frac{\ln(1 - \alpha)}{\ln\max(p, 1-p)} \tag{5}
 
 The value is concave in N, so giving one unit after the other to the largest marginal value solves (4)
 (`variant="exact"`). `variant="reference"` is the published code, where a prompt's first extra unit also earns

@@ -5,10 +5,10 @@ the diversity of its sampled chains, the rest uniformly for coverage. The scores
 repeated every few steps, that are not trained on.
 
 .. math::
-    P(x) = \frac1{n_s}\sum_i V(x, y_i), \quad OVS = P(1 - P), \quad VPS = \alpha\,OVS + \beta\,TDS                   \tag{1, 2, 5}
+    P(x) = \frac1{n_s}\sum_i V(x, y_i), \quad OVS = P(1 - P), \quad VPS = \alpha\,OVS + \beta\,TDS \tag{1, 2, 5}
 
 .. math::
-    w = \frac{VPS - \min VPS}{\max VPS - \min VPS + 10^{-8}}, \quad w \leftarrow \mu w_{old} + (1 - \mu) w          \tag{6, 7}
+    w = \frac{VPS - \min VPS}{\max VPS - \min VPS + 10^{-8}}, \quad w \leftarrow \mu w_{old} + (1 - \mu) w \tag{6, 7}
 
 .. math::
     B_w = \lfloor\lambda B\rfloor \text{ drawn with replacement by } w, \quad B_r = B - B_w \text{ from a uniform stream} \tag{8}

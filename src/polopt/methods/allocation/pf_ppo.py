@@ -6,15 +6,15 @@ unfiltered policy.
 
 .. math::
     w: \text{bon } w_{best} = 1; \quad \text{br } w_{best} = \tfrac12,\ w_{other} = \tfrac1{2(n-1)}; \quad
-    \text{bw } w_{best} = w_{worst} = \tfrac12; \quad \text{none } \tfrac1n                                  \tag{3}
+    \text{bw } w_{best} = w_{worst} = \tfrac12; \quad \text{none } \tfrac1n \tag{3}
 
 .. math::
     \text{resample: } k \text{ draws from } w; \qquad
-    \text{weight: } L = \frac1P\sum_g\sum_{i \in g} w_i \ell_i                                             \tag{4, 5}
+    \text{weight: } L = \frac1P\sum_g\sum_{i \in g} w_i \ell_i \tag{4, 5}
 
 .. math::
     \text{pow: } w_i \propto |R_i|^k \text{ over the batch}; \quad
-    \text{top: } R \ge a; \quad \text{top\_bottom: } R \ge a \text{ or } R \le b                            \tag{6}
+    \text{top: } R \ge a; \quad \text{top\_bottom: } R \ge a \text{ or } R \le b \tag{6}
 
 Ranks are ascending and stable in the index. With 0/1 rewards ties are frequent: `skip_ties` drops prompts without
 spread. No importance weights are added: the filter is deliberately biased. R^2 between reward and true score on filtered
@@ -69,7 +69,8 @@ def filter_weights(
         group: group ids.
         strategy: which filter.
         power: exponent of `pow`; all rewards 0 gives uniform weights.
-        high, low: thresholds of `top` and `top_bottom`; a group without a kept sample has weights 0.
+        high: `top` and `top_bottom` keep rewards from here on; a group without a kept sample has weights 0.
+        low: `top_bottom` keeps rewards down from here.
     """
     groups = Groups.of(group)
     size, place = groups.broadcast(groups.size), ranks_in_groups(rewards, groups)
@@ -113,7 +114,8 @@ def r_squared(
     """Equation (7): share of the scores' variance that the least-squares line over the rewards explains.
 
     Args:
-        rewards, scores: of each sample.
+        rewards: of each sample.
+        scores: true score of each sample.
         weights: of the filter; samples of weight 0 are left out.
         bins: consecutive chunks of equal count in the order of the rewards, whose weighted means are the points; 0 takes
             every sample as a point.

@@ -6,7 +6,7 @@ bounded weight.
 
 .. math::
     L = -\frac1{\sum_i L_i}\sum_i\sum_t \mathrm{sg}[\hat r_{it}]\,A_i \log\pi_\theta(a_{it}), \quad
-    \hat r_{it} = \mathrm{clip}(r_{it}, 1-\epsilon_l, 1+\epsilon_h)                                     \tag{4, 5}
+    \hat r_{it} = \mathrm{clip}(r_{it}, 1-\epsilon_l, 1+\epsilon_h) \tag{4, 5}
 
 On fresh data it is the token mean of REINFORCE. The paper leaves the lower side open and tunes the upper one alone.
 

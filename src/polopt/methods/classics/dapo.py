@@ -7,10 +7,10 @@ comes near the length limit is punished softly (overlong shaping). No KL.
 .. math::
     L = \frac1{\sum_i L_i} \sum_i\sum_t
         \max(-A_i r_{it}, -A_i\,\mathrm{clip}(r_{it}, 1-\epsilon_l, 1+\epsilon_h)), \quad
-    \min_g R < \max_g R                                                                    \tag{8, 11}
+    \min_g R < \max_g R \tag{8, 11}
 
 .. math::
-    R^{length}_i = \min\Big(0, \max\Big(-1, \frac{(L_{max} - L_{cache}) - L_i}{L_{cache}}\Big)\Big)  \tag{13}
+    R^{length}_i = \min\Big(0, \max\Big(-1, \frac{(L_{max} - L_{cache}) - L_i}{L_{cache}}\Big)\Big) \tag{13}
 
 A prompt counts as solved or unsolved by the rewards as they were measured, before any shaping. The paper makes 16
 updates per rollout of 512 prompts; the recipe makes 4.

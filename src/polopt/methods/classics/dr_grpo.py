@@ -4,10 +4,10 @@ GRPO without its two biases: no division by the group's standard deviation, whic
 always or never solved, and no division by a trajectory's own length, which favours short successes and long failures.
 
 .. math::
-    A_i = R_i - \mathrm{mean}_g R                                                                   \tag{1}
+    A_i = R_i - \mathrm{mean}_g R \tag{1}
 
 .. math::
-    L = \frac1{N C} \sum_i \sum_t \max(-A_i r_{it}, -A_i\,\mathrm{clip}(r_{it}, 1-\epsilon, 1+\epsilon))    \tag{2}
+    L = \frac1{N C} \sum_i \sum_t \max(-A_i r_{it}, -A_i\,\mathrm{clip}(r_{it}, 1-\epsilon, 1+\epsilon)) \tag{2}
 
 C is a constant, the length limit in the paper's code: `--surrogate ppo:aggregation=constant,constant=512`. The recipe
 takes the longest trajectory of the minibatch.

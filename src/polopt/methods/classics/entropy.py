@@ -1,7 +1,7 @@
 r"""Entropy bonus (Williams & Peng, Connection Science 3, 1991; Mnih et al., arXiv 1602.01783).
 
 .. math::
-    L = \ldots - c\,\mathcal H(\pi_\theta(\cdot|s_{it}))                                             \tag{1}
+    L = \ldots - c\,\mathcal H(\pi_\theta(\cdot|s_{it})) \tag{1}
 
 averaged over the decisions like the surrogate's loss: it delays the collapse onto one answer.
 

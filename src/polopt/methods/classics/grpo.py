@@ -3,11 +3,11 @@ r"""GRPO - Group Relative Policy Optimization (DeepSeekMath, arXiv 2402.03300, 2
 The mean reward of a prompt's own rollouts is the baseline, their standard deviation the scale: no critic.
 
 .. math::
-    A_i = \frac{R_i - \mathrm{mean}_g R}{\mathrm{std}_g R + \epsilon}                              \tag{1}
+    A_i = \frac{R_i - \mathrm{mean}_g R}{\mathrm{std}_g R + \epsilon} \tag{1}
 
 .. math::
     L = \frac1N \sum_i \frac1{L_i} \sum_t
-        \big[\max(-A_i r_{it}, -A_i\,\mathrm{clip}(r_{it}, 1-\epsilon_l, 1+\epsilon_h)) + \beta\,\mathrm{k3}_{it}\big]                                                             \tag{2}
+        \big[\max(-A_i r_{it}, -A_i\,\mathrm{clip}(r_{it}, 1-\epsilon_l, 1+\epsilon_h)) + \beta\,\mathrm{k3}_{it}\big] \tag{2}
 
 Slots: advantage (1), surrogate PPO clip averaged per sequence (2), regularizer KL to the reference (k3). The recipe has
 beta = 0, as practice has settled since; `--regularizer kl:coef=0.04` is the paper's.

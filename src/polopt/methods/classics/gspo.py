@@ -5,14 +5,14 @@ that a trajectory is kept or cut off as a whole and no single token's ratio adds
 
 .. math::
     s_i = \Big(\frac{\pi_\theta(y_i|x)}{\pi_{old}(y_i|x)}\Big)^{1/L_i}
-        = \exp\Big(\frac1{L_i}\sum_t \log\frac{\pi_\theta(a_{it})}{\pi_{old}(a_{it})}\Big)                     \tag{7}
+        = \exp\Big(\frac1{L_i}\sum_t \log\frac{\pi_\theta(a_{it})}{\pi_{old}(a_{it})}\Big) \tag{7}
 
 .. math::
     L = \frac1N\sum_i \max(-A_i s_i, -A_i\,\mathrm{clip}(s_i, 1-\epsilon_l, 1+\epsilon_h)), \quad
-    \nabla L = -\frac1N\sum_i s_i A_i \frac1{L_i}\sum_t \nabla\log\pi_\theta(a_{it})                        \tag{5, 10}
+    \nabla L = -\frac1N\sum_i s_i A_i \frac1{L_i}\sum_t \nabla\log\pi_\theta(a_{it}) \tag{5, 10}
 
 .. math::
-    s_{it} = \mathrm{sg}[s_i]\,\frac{\pi_\theta(a_{it})}{\mathrm{sg}[\pi_\theta(a_{it})]}                      \tag{14}
+    s_{it} = \mathrm{sg}[s_i]\,\frac{\pi_\theta(a_{it})}{\mathrm{sg}[\pi_\theta(a_{it})]} \tag{14}
 
 `variant="token"` is GSPO-token (14): the same value, and for advantages that are equal inside a trajectory the same
 gradient, but each decision may have its own advantage. With one decision a trajectory it is PPO's surrogate.

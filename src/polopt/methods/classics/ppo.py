@@ -4,14 +4,14 @@ The ratio to the policy that made the data is clipped, so that several passes ov
 critic gives the baseline by generalised advantage estimation (arXiv 1506.02438).
 
 .. math::
-    A_t = \sum_{l \ge 0} (\gamma\lambda)^l \delta_{t+l}, \quad \delta_t = r_t + \gamma V_{t+1} - V_t       \tag{1}
+    A_t = \sum_{l \ge 0} (\gamma\lambda)^l \delta_{t+l}, \quad \delta_t = r_t + \gamma V_{t+1} - V_t \tag{1}
 
 .. math::
-    \ell_t = \max(-A_t r_t, -A_t\,\mathrm{clip}(r_t, 1-\epsilon_l, 1+\epsilon_h))                          \tag{2}
+    \ell_t = \max(-A_t r_t, -A_t\,\mathrm{clip}(r_t, 1-\epsilon_l, 1+\epsilon_h)) \tag{2}
 
 .. math::
     \ell^V_t = \tfrac12\max\big((V_t-R_t)^2, (\mathrm{clip}(V_t, V^{old}_t\pm\epsilon_V)-R_t)^2\big), \quad
-    R_t = A_t+V^{old}_t                                                                    \tag{3}
+    R_t = A_t+V^{old}_t \tag{3}
 
 With a dual clip c (arXiv 1912.09729) the loss of a decision with A < 0 is at most -A c. A trajectory's reward counts at
 its last decision.

@@ -4,10 +4,10 @@ The gradient of the expected reward is the reward, less a baseline, times the gr
 was done. There is no importance ratio: it is meant for data of the current policy.
 
 .. math::
-    A_i = R_i - b, \quad b \in \{0,\ \mathrm{mean}_j R_j,\ \bar R\}                                  \tag{1}
+    A_i = R_i - b, \quad b \in \{0,\ \mathrm{mean}_j R_j,\ \bar R\} \tag{1}
 
 .. math::
-    L = -\frac1N \sum_i \sum_t A_{it} \log\pi_\theta(a_{it}|s_{it})                                  \tag{2}
+    L = -\frac1N \sum_i \sum_t A_{it} \log\pi_\theta(a_{it}|s_{it}) \tag{2}
 
 The moving average :math:`\bar R` is that of earlier iterations, so it depends on nothing in this one; it is 0 in the
 first. The batch's mean contains the trajectory's own reward, which shrinks the gradient by 1 - 1/N.

@@ -4,7 +4,7 @@ The baseline of a trajectory is the mean reward of the prompt's other rollouts: 
 so the gradient is unbiased, and nothing is divided by a standard deviation.
 
 .. math::
-    A_i = R_i - \frac1{G-1}\sum_{j \ne i} R_j = \frac{G}{G-1}\,(R_i - \mathrm{mean}_g R)                  \tag{1}
+    A_i = R_i - \frac1{G-1}\sum_{j \ne i} R_j = \frac{G}{G-1}\,(R_i - \mathrm{mean}_g R) \tag{1}
 
 The loss is REINFORCE's, summed over the decisions of a trajectory. The paper pays for the KL to the reference in the
 reward: `--shaping kl:coef=0.05`; the recipe does not.

@@ -6,13 +6,13 @@ mixed into the advantage. A bang-bang controller on the measured entropy picks t
 
 .. math::
     T = 1.2 \text{ if } \hat H \le H_0 \text{ else } 0.8, \quad
-    \rho_{it} = \exp(\log\pi^T_{old} - \log\pi_{old}), \ \pi^T = \mathrm{softmax}(z / T)                          \tag{2, 3}
+    \rho_{it} = \exp(\log\pi^T_{old} - \log\pi_{old}), \ \pi^T = \mathrm{softmax}(z / T) \tag{2, 3}
 
 .. math::
-    d = \min(|H_0 - \hat H|, 0.1), \quad p^+ = \mathrm{share}(R_i > 0.05), \quad \alpha = \frac{d}{d + p^+}          \tag{4}
+    d = \min(|H_0 - \hat H|, 0.1), \quad p^+ = \mathrm{share}(R_i > 0.05), \quad \alpha = \frac{d}{d + p^+} \tag{4}
 
 .. math::
-    A_{it} = (1 - \alpha) A^{G}_i + \alpha\,1[R_i > 0.05]\,\rho_{it}                                          \tag{5}
+    A_{it} = (1 - \alpha) A^{G}_i + \alpha\,1[R_i > 0.05]\,\rho_{it} \tag{5}
 
 alpha = 0 without any success (the official code gives NaN). The entropy fed to the next iteration is minus the mean
 log-probability found during the update (7); it is 0 before the first, so the first iteration always pushes up.

@@ -5,15 +5,15 @@ KL-regularised optimum whatever distribution the completions come from: no impor
 Contains IPO (rewards +-1/4) and, on fresh samples, RLOO with the KL in the reward.
 
 .. math::
-    \rho_i = \sum_t m_{it}(\log\pi - \log\pi_{ref})_{it}, \quad R^\pi_{\beta,i} = R_i - \beta\rho_i               \tag{1, 2}
+    \rho_i = \sum_t m_{it}(\log\pi - \log\pi_{ref})_{it}, \quad R^\pi_{\beta,i} = R_i - \beta\rho_i \tag{1, 2}
 
 .. math::
     \ell(y, y') = \big(\Delta R - \tfrac\beta2 \Delta\rho\big)\Delta\rho, \quad
-    \nabla\ell = \big(R^\pi_\beta(y) - R^\pi_\beta(y')\big)(\nabla\ln\pi(y) - \nabla\ln\pi(y'))                \tag{3, 4}
+    \nabla\ell = \big(R^\pi_\beta(y) - R^\pi_\beta(y')\big)(\nabla\ln\pi(y) - \nabla\ln\pi(y')) \tag{3, 4}
 
 .. math::
     L = \mathrm{mean}_{g}\,\mathrm{mean}_{pairs} (-\ell), \qquad
-    L_{sq} = \mathrm{mean}_{g} \frac1{k-1}\sum_{i>j} (R^\pi_{\beta,i} - R^\pi_{\beta,j})^2                      \tag{5, 6}
+    L_{sq} = \mathrm{mean}_{g} \frac1{k-1}\sum_{i>j} (R^\pi_{\beta,i} - R^\pi_{\beta,j})^2 \tag{5, 6}
 
 The log-ratio is a sum over tokens, never a mean, and rewards are not standardised. The halved temperature in (3) is
 what makes plain differentiation give (4). For very off-policy pairs and small beta, clip the gradient norm.

@@ -6,15 +6,15 @@ their rewards enters: a shift of a prompt's rewards changes nothing. Sequence-le
 
 .. math::
     \ell_i = \sum_t m_{it}\log\pi_{it}, \quad u_i = e^{\ell_i - \ell^{old}_i}, \quad
-    \tilde r_i = r_i - \beta\sum_t m_{it}(\log\pi_{old} - \log\pi_{ref})_{it}                                   \tag{4}
+    \tilde r_i = r_i - \beta\sum_t m_{it}(\log\pi_{old} - \log\pi_{ref})_{it} \tag{4}
 
 .. math::
     \text{V1: } c_1 = \mathrm{sg}[\Delta r\,u_2],\ c_2 = \mathrm{sg}[-\Delta r\,u_1], \quad
-    L = -\tfrac12\sum_{i=1}^2 \min(c_i u_i, c_i\,\mathrm{clip}(u_i, 1-\epsilon, 1+\epsilon))                    \tag{5}
+    L = -\tfrac12\sum_{i=1}^2 \min(c_i u_i, c_i\,\mathrm{clip}(u_i, 1-\epsilon, 1+\epsilon)) \tag{5}
 
 .. math::
     \text{V2: } a = \mathrm{sg}[\Delta r\,u_1 u_2],\ x = (\ell_1 - \ell_2) - (\ell^{old}_1 - \ell^{old}_2), \quad
-    L = -\tfrac12\min(a x, a\,\mathrm{clip}(x, -\epsilon, \epsilon))                                           \tag{6}
+    L = -\tfrac12\min(a x, a\,\mathrm{clip}(x, -\epsilon, \epsilon)) \tag{6}
 
 Mean over the unordered pairs of a group, then over groups with at least two responses (7); no pair: loss 0. The KL
 penalty (beta) is `--shaping kl`, which puts the same sum into the reward. Rewards are not standardised: that would bring

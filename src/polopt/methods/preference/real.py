@@ -5,15 +5,15 @@ softmax-type loss with a fixed anchor logit 0 pushes the logits of correct rollo
 weights are at most 1/tau and largest for the rollouts classified worst.
 
 .. math::
-    \bar s_k = \frac{\sum_t m_{kt}(\log\pi_\theta - \log\pi_{old})_{kt}}{\sum_t m_{kt}}                         \tag{1}
+    \bar s_k = \frac{\sum_t m_{kt}(\log\pi_\theta - \log\pi_{old})_{kt}}{\sum_t m_{kt}} \tag{1}
 
 .. math::
     L_q = \log\Big(1 + \sum_{i \in O_+} e^{-\bar s_i/\tau}\Big) + \log\Big(1 + \sum_{j \in O_-} e^{\bar s_j/\tau}\Big), \quad
-    L = \frac1Q \sum_{q\,valid} L_q                                                                     \tag{2, 3}
+    L = \frac1Q \sum_{q\,valid} L_q \tag{2, 3}
 
 .. math::
     \text{bce: } \mathrm{mean}_k\,\mathrm{softplus}(\mp\bar s_k/\tau), \qquad
-    \text{product: } L_q = \mathrm{softplus}(\mathrm{LSE}_{O_-}(\bar s/\tau) + \mathrm{LSE}_{O_+}(-\bar s/\tau))      \tag{4, 5}
+    \text{product: } L_q = \mathrm{softplus}(\mathrm{LSE}_{O_-}(\bar s/\tau) + \mathrm{LSE}_{O_+}(-\bar s/\tau)) \tag{4, 5}
 
 A group is valid if it holds both classes; Q counts all groups of the minibatch, `bce` averages over the rollouts of
 valid groups only. Rewards other than 0 and 1 belong to no class (`bce`: the group's maximum is the positive class).

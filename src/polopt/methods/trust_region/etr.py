@@ -8,10 +8,10 @@ pass rate is near one half, narrower where the signal is weak.
 
 .. math::
     u_i = 1 + \alpha(|A_i| - 1), \quad h_g = 1 + \beta(2 q_g - 1), \quad
-    s_i = \mathrm{clamp}(u_i h_g, s_{min}, s_{max})                                                     \tag{E2, E3, E4}
+    s_i = \mathrm{clamp}(u_i h_g, s_{min}, s_{max}) \tag{E2, E3, E4}
 
 .. math::
-    \ell_{it} = -\min(r A, \mathrm{clip}(r, 1 - \epsilon_{low} s_i, 1 + \epsilon_{high} s_i) A)                         \tag{E5}
+    \ell_{it} = -\min(r A, \mathrm{clip}(r, 1 - \epsilon_{low} s_i, 1 + \epsilon_{high} s_i) A) \tag{E5}
 
 RECONSTRUCTED: the published sources fix that the width grows with |A| and with the variance of the pass rate; the form
 of (E2) to (E4) and alpha, beta, s_min, s_max are the simplest with these properties that give GRPO back at alpha = beta

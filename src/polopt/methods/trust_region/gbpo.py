@@ -5,14 +5,14 @@ than a smoothed median by the whole epsilon, lower the rest. GBPO regresses the 
 
 .. math::
     A_i = \frac{R_i - \mathrm{mean}_g}{\mathrm{std}_g + 10^{-6}}, \quad
-    \tilde A_i = \frac{R_i - \mathrm{median}_g}{\mathrm{std}_g + 10^{-6}}                                     \tag{B7}
+    \tilde A_i = \frac{R_i - \mathrm{median}_g}{\mathrm{std}_g + 10^{-6}} \tag{B7}
 
 .. math::
     \rho^\star_i = 1 - \epsilon_{low} + (\epsilon_{high} + \epsilon_{low})\,\sigma(\tilde A_i / \tau), \quad
-    \ell_{it} = |r_{it} - \rho^\star_i|\,|A_i|                                                          \tag{B5, B7}
+    \ell_{it} = |r_{it} - \rho^\star_i|\,|A_i| \tag{B5, B7}
 
 .. math::
-    \rho^\star = c_l + (c_h - c_l)\,\sigma\big(\tilde A/\tau + \ln\tfrac{1 - c_l}{c_h - 1}\big)                  \tag{B8}
+    \rho^\star = c_l + (c_h - c_l)\,\sigma\big(\tilde A/\tau + \ln\tfrac{1 - c_l}{c_h - 1}\big) \tag{B8}
 
 (B7) is the released code's target, whose value at a zero advantage is 1 only for equal widths; `exact_target` takes (B8),
 which is 1 there for any widths (derived from the stated properties). Standard deviations are unbiased, the median of an

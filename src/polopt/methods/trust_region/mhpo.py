@@ -4,15 +4,15 @@ No clip and no min: the log-ratio is squashed into (-c, c) by a scaled tanh and 
 exp(-hazard), a Weibull cumulative hazard of its own for upward and for downward shifts, constant for the gradient.
 
 .. math::
-    \psi(x) = c \tanh(x / c), \quad s(z) = \log(1 + e^z)                                                    \tag{M1, M2}
+    \psi(x) = c \tanh(x / c), \quad s(z) = \log(1 + e^z) \tag{M1, M2}
 
 .. math::
     \zeta = \Big(\frac{s(\mathrm{sg}[\psi])}{\lambda_+}\Big)^{k_+}
-          + \Big(\frac{s(-\mathrm{sg}[\psi])}{\lambda_-}\Big)^{k_-}, \quad w = \exp(\psi - \zeta)              \tag{M3, M4}
+          + \Big(\frac{s(-\mathrm{sg}[\psi])}{\lambda_-}\Big)^{k_-}, \quad w = \exp(\psi - \zeta) \tag{M3, M4}
 
 .. math::
     L = -\frac1K \sum_i \frac1{T_i} \sum_t m_{it} w_{it} A_{it}, \quad
-    \frac{\partial L}{\partial \log\pi_{it}} = -a_{it} A_{it} e^{\psi-\zeta} \big(1 - (\psi/c)^2\big)             \tag{M5, M6}
+    \frac{\partial L}{\partial \log\pi_{it}} = -a_{it} A_{it} e^{\psi-\zeta} \big(1 - (\psi/c)^2\big) \tag{M5, M6}
 
 The weight at ratio 1 is 0.265 with the defaults, not 1: with plain SGD the learning rate has to be larger. Bounds every
 decision's gradient by e^c |A|, but not the total drift.

@@ -5,14 +5,14 @@ below delta by a Lagrange multiplier. The penalty is a smooth brake that lowers,
 decisions that have moved far, so that old data stay usable.
 
 .. math::
-    \max_\theta E_\mu[r A] \text{ subject to } E_\mu[(r-1)^2] \le \delta                                      \tag{R1}
+    \max_\theta E_\mu[r A] \text{ subject to } E_\mu[(r-1)^2] \le \delta \tag{R1}
 
 .. math::
     L = \mathrm{agg}(-r A + \lambda (r-1)^2), \quad
-    \frac{\partial L}{\partial\log\pi} = -a\,r\,(A - 2\lambda(r-1))                                           \tag{R3, R4}
+    \frac{\partial L}{\partial\log\pi} = -a\,r\,(A - 2\lambda(r-1)) \tag{R3, R4}
 
 .. math::
-    \hat V = \mathrm{mean}\,(r-1)^2, \quad \lambda \leftarrow \max(0, \lambda + \eta_\lambda(\hat V - \delta))          \tag{R5, R6}
+    \hat V = \mathrm{mean}\,(r-1)^2, \quad \lambda \leftarrow \max(0, \lambda + \eta_\lambda(\hat V - \delta)) \tag{R5, R6}
 
 RECONSTRUCTED: the step rule (R6), delta, eta_lambda and the initial multiplier; that lambda is adapted primal-dually is
 the paper's. `eta_lambda=0,lam=0.04` is the fixed multiplier of two public re-implementations. The off-policy variant
