@@ -17,7 +17,7 @@ from tensordict import TensorClass, TensorDict
 from torch import Tensor
 
 ABSENT: Any = None
-"""Default of the fields that only some runs have. They are typed as what they are there: a part reads what it `requires`."""
+"""Default of the fields that only some runs have, typed as what they are there: a part reads what it `requires`."""
 
 
 class Batch(TensorClass):

@@ -89,7 +89,7 @@ class Ranks:
             dist.barrier()
 
     def close(self) -> None:
-        """Leave the run's process group."""
+        """Leave the processes: after it the ranks no longer work together."""
         if self.world > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
@@ -256,15 +256,16 @@ def _check_start(world: int, expected: int | None, sharding: str) -> None:
     has = f"this run has {world} process{'es' * (world > 1)}"
     if asked_in_vain:
         has += " (`accelerate launch --cpu` starts one, whatever its --num_processes)"
-    n = expected or "N"
-    remedy = f"start it with `torchrun --nproc-per-node {n}` or `accelerate launch --multi_gpu --num_processes {n}`"
+    start = (
+        "start it with `torchrun --nproc-per-node {0}` or `accelerate launch --multi_gpu --num_processes {0}`"
+    )
     if expected is not None and expected != world:
-        raise ConfigError(f"ranks = {expected}: {has}; {remedy} (neither needs a GPU)")
+        raise ConfigError(f"ranks = {expected}: {has}; {start.format(expected)} (neither needs a GPU)")
     if expected is None and asked_in_vain:
-        raise ConfigError(f"ranks: {has}; {remedy} (neither needs a GPU), or set ranks = 1")
+        raise ConfigError(f"ranks: {has}; {start.format('N')} (neither needs a GPU), or set ranks = 1")
     if sharding != "none" and world == 1:
         raise ConfigError(
-            f"sharding = {sharding!r}: {has}, nothing to shard over; {remedy}, or use sharding = 'none'"
+            f"sharding = {sharding!r}: {has}, nothing to shard over; {start.format('N')}, or use 'none'"
         )
 
 

@@ -38,7 +38,8 @@ def clipped_surrogate(
     clip_high: float | Tensor,
 ) -> Float[Tensor, "N T"]:
     """max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)): the PPO loss of each decision (arXiv 1707.06347, eq. 7)."""
-    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_low, 1 + clip_high))
+    low, high = (torch.as_tensor(bound).to(ratio) for bound in (1 - clip_low, 1 + clip_high))
+    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(low, high))
 
 
 def dual_clipped(

@@ -85,7 +85,8 @@ class PrefixCache:
         size = -(-len(owner) // count)
         copies = -(-torch.bincount(owner, minlength=count) // size)
         self._owner = (copies.cumsum(0) - copies)[owner] + _rank(owner, count) // size
-        self._select(torch.arange(count, device=owner.device).repeat_interleave(copies))
+        if bool((copies != 1).any()):
+            self._select(torch.arange(count, device=owner.device).repeat_interleave(copies))
         self._reading = None
         self._arrange()
 
@@ -153,17 +154,15 @@ class PrefixCache:
         seats, places = self._seats[heads], self._places[heads]
 
         def prefix_product(
-            x: Float[Tensor, "Rh g xt"], stored: Float[Tensor, "Ph x y"]
+            x: Float[Tensor, "Rh g z"], stored: Float[Tensor, "Ph x y"]
         ) -> Float[Tensor, "Rh g y"]:
             seated = x.index_select(0, seats).view(len(stored), -1, x.shape[-1])
             product = torch.bmm(seated[..., : stored.shape[1]], stored)
             return product.view(len(seats), groups, -1).index_select(0, places)
 
         prefix = prefix_product(query, layer.prefix_keys.flatten(0, 1).transpose(1, 2))
-        scores = torch.cat([prefix, torch.bmm(query, keys.transpose(1, 2))], -1).view(
-            rows, heads * groups, -1
-        )
-        scores, scaling = softcapped(scores, rule)
+        suffix = torch.bmm(query, keys.transpose(1, 2))
+        scores, scaling = softcapped(torch.cat([prefix, suffix], -1).view(rows, heads * groups, -1), rule)
         scores = torch.add(self._bias(rule.window, keys.shape[1]), scores, alpha=scaling)
         weights = scores.softmax(-1).to(values.dtype).view(rows * heads, groups, -1)
         output = prefix_product(weights, layer.prefix_values.flatten(0, 1))
@@ -171,8 +170,6 @@ class PrefixCache:
         return output.view(rows, heads * groups, -1)
 
     def _select(self, prompts: Int[Tensor, " p"]) -> None:
-        if len(prompts) == len(self.lengths):
-            return
         self.lengths = self.lengths[prompts]
         for layer in self.layers.values():
             layer.prefix_keys, layer.prefix_values = layer.prefix_keys[prompts], layer.prefix_values[prompts]
@@ -212,6 +209,5 @@ def _rank(owner: Int[Tensor, " R"], prompts: int) -> Int[Tensor, " R"]:
     order = owner.argsort(stable=True)
     counts = torch.bincount(owner, minlength=prompts)
     first = (counts.cumsum(0) - counts)[owner[order]]
-    return torch.empty_like(owner).index_copy_(
-        0, order, torch.arange(len(owner), device=owner.device) - first
-    )
+    rank = torch.arange(len(owner), device=owner.device) - first
+    return torch.empty_like(owner).index_copy_(0, order, rank)

@@ -260,8 +260,8 @@ def _config(model: Any) -> Any:
     return model.config.get_text_config()
 
 
-def _check_supported(model: nn.Module) -> None:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+def _check_supported(model: Any) -> None:
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     name = f"model: {type(base).__name__}"
     if not getattr(base, "_supports_attention_backend", False) or getattr(base, "_is_stateful", False):
         raise ConfigError(
