@@ -31,8 +31,10 @@ SLOTS = ("sampler", "budget", "selection", "surrogate", "optimizer", *MANY_SLOTS
 _SHOWN = 80
 """Characters of a refused value that a message repeats."""
 
-Several = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+_listed = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
+Several = Annotated[list[str], _listed]
 """A list of texts, for which one text alone will do."""
+SeveralOrNone = Annotated[list[str] | None, _listed]
 
 
 class RunConfig(Settings):
@@ -46,15 +48,15 @@ class RunConfig(Settings):
     """Part that chooses the prompts, in place of the recipe's: NAME or NAME:KEY=VALUE,KEY=VALUE."""
     budget: str | None = None
     """Part that shares out the rollouts, in place of the recipe's."""
-    shaping: Several | None = None
+    shaping: SeveralOrNone = None
     """Parts that shape the rewards, in place of the recipe's."""
-    advantage: Several | None = None
+    advantage: SeveralOrNone = None
     """Advantage estimator and the transforms after it, in place of the recipe's."""
     selection: str | None = None
     """Part that selects trajectories and decisions, in place of the recipe's."""
     surrogate: str | None = None
     """Loss, in place of the recipe's."""
-    regularizers: Several | None = None
+    regularizers: SeveralOrNone = None
     """Parts that are added to the loss, in place of the recipe's."""
     optimizer: str | None = None
     """Optimizer, in place of the recipe's."""
@@ -190,16 +192,16 @@ def _toml_value(value: Any) -> str:
 def _refusal(error: ErrorDetails, flags: Mapping[tuple[str, ...], str], where: str) -> str:
     """One line for a validation error; a field that a flag set goes by the flag's name."""
     path = tuple(str(part) for part in error["loc"])
-    prefix = f"{where}: " if where else ""
     if error["type"] == "extra_forbidden":
-        return f"{prefix}{'.'.join(path)}: unknown key; {_nearest_key(path)}"
-    if error["type"] == "value_error" and path and path[-1] in SECTIONS:
-        return f"{prefix}{path[-1]}.{error['msg'].removeprefix('Value error, ')}"
-    message = explain(RunConfig, "", {**error, "input": _short(error["input"])})
-    for depth in range(len(path), 0, -1):
-        if path[:depth] in flags:
-            return flags[path[:depth]] + message.removeprefix(".".join(path[:depth]))
-    return prefix + message.removeprefix(": ")
+        message = f"{'.'.join(path)}: unknown key; {_nearest_key(path)}"
+    elif error["type"] == "value_error" and path and path[-1] in SECTIONS:
+        message = f"{path[-1]}.{error['msg'].removeprefix('Value error, ')}"
+    else:
+        message = explain(RunConfig, "", {**error, "input": _short(error["input"])}).removeprefix(": ")
+    for field, flag in flags.items():
+        if re.match(re.escape(".".join(field)) + r"\b", message):
+            return flag + message.removeprefix(".".join(field))
+    return f"{where}: {message}" if where else message
 
 
 def _nearest_key(path: tuple[str, ...]) -> str:

@@ -72,10 +72,13 @@ class Actor(Protocol):
     domain: str
     provides: frozenset[str]
     """Evaluation fields it can compute and optional batch fields its rollouts carry."""
-    module: nn.Module
-    """Everything that is trained or saved."""
     exact_sampler: bool
     """The rollout's log-probabilities are those of `evaluate` up to float error of the same precision."""
+
+    @property
+    def module(self) -> nn.Module:
+        """Everything that is trained or saved."""
+        ...
 
     def rollout(self, task: Any, plan: Plan, generator: torch.Generator) -> Rollout:
         """Act. Draws come from `generator` alone, for all `plan.total` rollouts in order."""

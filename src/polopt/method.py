@@ -372,8 +372,8 @@ class Method(nn.Module):
         return batch
 
     def objective(self, evaluation: Evaluation, batch: Batch) -> Float[Tensor, ""]:
-        """The loss of a minibatch as a function of the current policy's view of it."""
-        evaluation = evaluation.where(batch.mask)
+        """The loss of a minibatch as a function of the current policy's view of it; the batch is constant."""
+        evaluation, batch = evaluation.where(batch.mask), batch.detach()
         loss = self.surrogate(evaluation, batch)
         for regularizer in self.regularizers:
             loss = loss + regularizer(evaluation, batch)
@@ -410,14 +410,16 @@ class Method(nn.Module):
 
 
 def _with_finite_rewards(batch: Batch) -> Batch:
-    rewards = torch.where(batch.rewards.isfinite(), batch.rewards, torch.nan)
-    known = (
-        ~rewards.isnan().all(-1) if batch.step_rewards is None else torch.ones(len(batch), dtype=torch.bool)
-    )
+    # finite in the precision of the loss: 1e300 is no number to a float32
+    rewards = torch.where(batch.rewards.to(batch.old_logp).isfinite(), batch.rewards, torch.nan)
+    known = ~rewards.isnan().all(-1)
+    if batch.step_rewards is not None:
+        known |= batch.mask.any(-1)
+    payload = batch.payload
     batch = batch.apply(
         lambda t: zero_outside(t, batch.mask) if t.shape == batch.mask.shape and t.is_floating_point() else t
     )
-    batch.rewards = rewards
+    batch.rewards, batch.payload = rewards, payload
     return batch[known]
 
 

@@ -91,7 +91,7 @@ class Trainer:
             if not self.before:
                 self.before = self.score()
                 record.save(self)
-            while self.iteration < self.config.iterations and not self._stop.is_set():
+            while self.iteration < self.config.iterations and not self._stopped():
                 started = time.perf_counter()
                 metrics, samples = self.iterate()
                 metrics |= {
@@ -341,6 +341,10 @@ class Trainer:
             raise ConfigError(
                 f"trainer.minibatches = {self.config.minibatches}: more than the rollouts of an iteration"
             )
+
+    def _stopped(self) -> bool:
+        """Whether any rank was told to stop."""
+        return bool(self.ranks.sum(torch.tensor(self._stop.is_set())))
 
     @contextmanager
     def _interrupts(self) -> Iterator[None]:

@@ -11,7 +11,7 @@ from polopt.settings import Settings
 class TrainerConfig(Settings):
     """How long, how much and how far. Fields that a method's paper fixes are the defaults of its recipe."""
 
-    iterations: int = Field(default=100, ge=0)
+    iterations: int = Field(default=20, ge=0)
     """Rollouts followed by updates."""
     prompts: int = Field(default=16, ge=1)
     """Prompts or start states of an iteration."""

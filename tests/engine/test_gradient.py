@@ -427,7 +427,14 @@ def test_evaluation_of_rows_comes_in_their_order_and_without_gradient() -> None:
     assert not found.logp.requires_grad
 
 
-def test_no_rows_are_refused() -> None:
+def test_evaluation_of_no_rows_is_empty() -> None:
+    batch, actor = make_batch(), TinyActor()
+    for rows, some in [(torch.arange(0), batch), (torch.arange(0), batch[:0])]:
+        found = evaluate_rows(actor, some, rows, frozenset({"value"}), {}, Ranks())
+        assert {name: t.shape for name, t in found.tensors().items()} == {"logp": (0, T), "value": (0, T)}
+
+
+def test_no_rows_have_no_gradient_to_give() -> None:
     batch, actor = make_batch(), TinyActor()
     for separable in (True, False):
         with pytest.raises(ValueError, match="none to evaluate"):

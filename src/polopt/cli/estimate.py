@@ -49,8 +49,8 @@ class Estimate:
         """The estimate in words."""
         return [
             f"{self.parameters / 1e6:.1f} million parameters, {self.trained / 1e6:.1f} million trained",
-            f"memory: about {sum(self.memory.values()):.1f} GB ({_parts(self.memory, 'GB')})",
-            f"time: about {sum(self.seconds.values()):.3g} s per iteration ({_parts(self.seconds, 's')})",
+            f"memory: about {_amount(sum(self.memory.values()))} GB ({_parts(self.memory, 'GB')})",
+            f"time: about {_amount(sum(self.seconds.values()))} s per iteration ({_parts(self.seconds, 's')})",
             *self.assumptions,
         ]
 
@@ -99,11 +99,14 @@ def estimate_language(config: RunConfig, task: "LanguageTask", method: "Method")
         * tokens
         / (rates[compute] * _REACHED[compute]),
     }
-    measured = ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {_name(dtype)}" for dtype, rate in rates.items())
+    measured = " and ".join(
+        f"{rate / 1e9:.0f} GFLOP/s in {_name(dtype)}, of which {_REACHED[dtype]:.0%} are reached"
+        for dtype, rate in rates.items()
+    )
     assumptions = [
         f"assumed: {rows} completions of all {c.max_new_tokens} tokens ({completions} tokens), prompts of {prompt}, "
         "none skipped; rewards and scores take no time",
-        f"measured just now: {measured}, of which half is reached (bfloat16: 35 %)",
+        f"measured just now: {measured}",
     ]
     return Estimate(parameters, trained, {k: v / 1e9 for k, v in memory.items()}, seconds, assumptions)
 
@@ -153,7 +156,8 @@ def _prompt_tokens(config: RunConfig, task: "LanguageTask") -> int:
     texts = [_text(task.train(i).prompt) for i in range(min(8, task.train_size))]
     tiny = config.language.model.startswith("tiny:")
     counts = [
-        len(text.encode()) if tiny else len(re.findall(r"[^\W\d]{1,8}|\d|[^\w ]", text)) for text in texts
+        len(text.encode()) if tiny else len(re.findall(r"[^\W\d]{1,8}|\d| (?=\d)|[^\w ]", text))
+        for text in texts
     ]
     return max(1, round(sum(counts) / len(counts)))
 
@@ -163,7 +167,13 @@ def _text(prompt: str | list[dict[str, Any]]) -> str:
 
 
 def _parts(amounts: dict[str, float], unit: str) -> str:
-    return ", ".join(f"{name} {amount:.2g} {unit}" for name, amount in amounts.items() if amount >= 0.005)
+    return ", ".join(
+        f"{name} {_amount(amount)} {unit}" for name, amount in amounts.items() if amount >= 0.005
+    )
+
+
+def _amount(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -38,10 +38,11 @@ def evaluate(argv: Sequence[str]) -> int:
     run = parsed["run"]
     description = read_run(run)
     values: dict[str, Any] = {"trackers": []}
-    given = {path: flag for flag, path in FIELDS.items() if parsed[flag.removeprefix("--")] is not None}
-    for (section, field), flag in given.items():
-        values.setdefault(section, {})[field] = parsed[flag.removeprefix("--")]
-    config = configure(merge(description, values), given, str(run / "config.json"))
+    for flag, (section, field) in FIELDS.items():
+        if (value := parsed[flag.removeprefix("--")]) is not None:
+            values.setdefault(section, {})[field] = value
+    names = {path: flag for flag, path in FIELDS.items()}
+    config = configure(merge(description, values), names, str(run / "config.json"))
     _score(run, description, config, parsed["checkpoint"])
     return 0
 
@@ -62,7 +63,8 @@ def _score(run: Path, description: dict[str, Any], config: RunConfig, iteration:
     t = prepared.config.trainer
     prompts = min(t.score_prompts, prepared.task.heldout_size)
     title = f"{run}, iteration {trainer.iteration}: {prompts} held-out prompts x {t.score_rollouts}"
-    console.print(score_table({"score": scores}, printable(title)))
+    console.print(printable(title), markup=False, highlight=False, soft_wrap=True)
+    console.print(score_table({"held out": scores}))
 
 
 def _load(run: Path, description: dict[str, Any], iteration: int | None, console: Console) -> dict[str, Any]:

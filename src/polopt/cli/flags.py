@@ -149,7 +149,9 @@ class Parser(argparse.ArgumentParser):
 
     def _unknown_flag(self, flag: str) -> str:
         known = [option for action in self._actions for option in action.option_strings]
-        near = get_close_matches(_flag(flag.lstrip("-")), known, 1, cutoff=0.5)
+        name = _flag(flag.lstrip("-"))
+        near = [option for option in known if option.startswith(name)]
+        near = near or get_close_matches(name, known, 1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}? " if near else ""
         return f"{flag}: unknown flag; {hint}`{self.prog} --help` lists the flags"
 

@@ -65,9 +65,10 @@ def evaluate_rows(
 ) -> Evaluation:
     """The evaluation of some rows, [n, T] in their order, without gradient, in micro-batches and over the ranks.
 
-    Raises:
-        ValueError: there are no rows.
+    Without rows its fields are [0, T].
     """
+    if not len(rows):
+        return Evaluation(**dict.fromkeys(requires | {"logp"}, batch.old_logp[rows]))
     found = _Found(len(rows))
     with torch.no_grad():
         for piece, _, outputs in _Passes(actor, requires, options, ranks).over(batch[rows]):

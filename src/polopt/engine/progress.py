@@ -10,6 +10,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+NO_FAULTS = ("faults/calls", "faults/missing")
+"""Counts that say nothing bad."""
 _RECENT = 10
 """Iterations whose mean time the time left is judged by."""
 _SHOWN = 160
@@ -44,7 +46,9 @@ class ProgressReporter:
         if self.quiet or not self.console.is_terminal:
             return
         count, text = TextColumn("{task.completed:.0f}/{task.total:.0f}"), "{task.description}"
-        self._bar = Progress(count, BarColumn(None), TextColumn(text, markup=False), console=self.console)
+        self._bar = Progress(
+            count, BarColumn(None), TextColumn(text, markup=False), console=self.console, refresh_per_second=2
+        )
         self._bar.add_task("held-out score", total=self._total, completed=iteration)
         self._bar.start()
 
@@ -84,19 +88,23 @@ class ProgressReporter:
 
 
 def describe_iteration(metrics: dict[str, float], seconds_left: float) -> str:
-    """One line about an iteration: reward, held-out score if there is one, tokens per second, time left."""
+    """One line about an iteration: reward, held-out score and faults if there are any, tokens per second, time left."""
     parts = [f"reward {metrics['reward']:.3f}"]
     if "score" in metrics:
         parts.append(f"score {_with_interval(metrics, 'score')}")
     if "tokens" in metrics and metrics["time/iteration"] > 0:
         parts.append(f"{metrics['tokens'] / metrics['time/iteration']:.0f} tokens/s")
+    if faults := sum(
+        v for name, v in metrics.items() if name.startswith("faults/") and name not in NO_FAULTS
+    ):
+        parts.append(f"{faults:.0f} reward faults")
     parts.append(f"{timedelta(seconds=round(seconds_left))} left")
     return "  ".join(parts)
 
 
-def score_table(columns: dict[str, dict[str, Any]], title: str = "Held-out split") -> Table:
+def score_table(columns: dict[str, dict[str, Any]]) -> Table:
     """Every statistic of the held-out split with its 95 % interval, by column."""
-    table = Table("mean with 95 % interval", *columns, title=title, title_justify="left")
+    table = Table("held-out [95 % interval]", *columns)
     names = dict.fromkeys(name for scores in columns.values() for name in scores if f"{name}/low" in scores)
     for name in names:
         table.add_row(Text(name), *(Text(_with_interval(scores, name)) for scores in columns.values()))

@@ -88,6 +88,8 @@ class Record:
                 self.folder.write_config(self.description)
             for reporter in self.reporters:
                 reporter.start({**self.description, "ranks": self.ranks.describe()}, run.iteration)
+                if self.ranks.world > 1:
+                    reporter.message(f"Ranks: {self.ranks.describe()}")
             yield self
 
     def log(self, iteration: int, metrics: dict[str, float], samples: list[dict[str, Any]]) -> None:
@@ -132,6 +134,8 @@ class Record:
 
 def _without_length(description: dict[str, Any]) -> dict[str, Any]:
     trainer = {
-        k: v for k, v in description.get("trainer", {}).items() if k not in ("iterations", "keep", "ranks")
+        k: v
+        for k, v in description.get("trainer", {}).items()
+        if k not in ("iterations", "keep", "ranks", "sharding")
     }
     return {k: v for k, v in description.items() if k not in ("out", "trackers")} | {"trainer": trainer}

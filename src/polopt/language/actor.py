@@ -171,7 +171,7 @@ class LanguageActor:
         self, plan: Plan, prompts: list[list[int]], completions: Completions, rewards: Tensor
     ) -> Batch:
         index = torch.arange(len(prompts)).repeat_interleave(plan.counts)
-        length = torch.tensor([len(p) for p in prompts])
+        length = torch.tensor([len(p) for p in prompts], dtype=torch.int64)
         padded = torch.zeros(len(prompts), int(length.max()) if len(prompts) else 0, dtype=torch.int64)
         for row, prompt in zip(padded, prompts, strict=True):
             row[: len(prompt)] = torch.tensor(prompt)
@@ -196,7 +196,7 @@ class LanguageActor:
         rows = [
             tokens[mask].tolist() for tokens, mask in zip(completions.tokens, completions.mask, strict=True)
         ]
-        return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        return self.tokenizer.batch_decode(rows, skip_special_tokens=True) if rows else []
 
 
 def _answer_id(answer: str | None) -> int:

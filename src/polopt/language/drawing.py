@@ -109,13 +109,11 @@ def _draw_chunk(
 ) -> Draw:
     """All passes over the vocabulary, in base 2: exp2 is three times as fast as exp on CPUs, and as exact."""
     bits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    largest = bits.amax(-1, keepdim=True)
-    scale = 1 / (temperature * math.log(2))
-    bits = torch.add(largest * -scale, bits, alpha=scale)
+    bits = (bits - bits.amax(-1, keepdim=True)).mul_(1 / (temperature * math.log(2)))
     weights = torch.exp2(bits)
     total = weights.sum(-1)
-    _check(total)
     normalizer = total.log()
+    _check(normalizer)
     mean_bits = torch.linalg.vecdot(weights, bits) / total
     if not bool(mean_bits.isfinite().all()):  # 0 * -inf for tokens of probability 0
         mean_bits = (weights * bits.clamp(min=torch.finfo(bits.dtype).min)).sum(-1) / total

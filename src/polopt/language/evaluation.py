@@ -29,7 +29,7 @@ def evaluate_completions(
     requires: frozenset[str],
     *,
     temperature: float = 1.0,
-    head_chunk_tokens: int = 512,
+    head_chunk_tokens: int = 1024,
     tempered: float | None = None,
     kept: int | None = None,
     value_head: nn.Module | None = None,
@@ -104,7 +104,7 @@ def decoder_and_head(model: Any) -> tuple[nn.Module, nn.Linear]:
     head = whole.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise ConfigError(f"model {type(whole).__name__}: its last layer must be linear and without adapter")
-    if whole.is_gradient_checkpointing:
+    if whole.is_activation_checkpointing:
         raise ConfigError("gradient checkpointing: switch it off; language.micro_batch_tokens bounds memory")
     return whole.get_decoder(), head
 

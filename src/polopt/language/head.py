@@ -153,8 +153,9 @@ class _Layer:
 
 
 def _slices(start: int, stop: int, size: int) -> list[slice]:
-    """Borders of pieces of at most a size; one piece, if an empty one, where there is nothing."""
-    return [slice(i, min(i + size, stop)) for i in range(start, max(stop, start + 1), size)]
+    """Pieces of a size, the first perhaps smaller; one piece, if an empty one, where there is nothing."""
+    ends = range(stop, min(start, stop - 1), -size)
+    return [slice(max(end - size, start), end) for end in ends][::-1]
 
 
 def _blocks(rows: slice, logits: Float[Tensor, "m V"], state: Int[Tensor, " D"]) -> list[tuple[slice, slice]]:

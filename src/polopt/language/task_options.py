@@ -44,7 +44,7 @@ class BuiltinOptions(TaskOptions):
     train_size: int = Field(10_000, ge=1)
     """Training prompts; questions may repeat among them."""
     heldout_size: int | None = Field(None, ge=1)
-    """Held-out questions; by default 64, or a quarter of the different questions if that is fewer."""
+    """Held-out questions; by default 128, or a quarter of the different questions if that is fewer."""
 
 
 class ReasoningGymOptions(TaskOptions):

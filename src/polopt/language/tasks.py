@@ -131,7 +131,7 @@ def _builtin(spec: str, name: str, options: dict[str, Any]) -> LanguageTask:
         builtin.generator(chosen.count, chosen.digits, chosen.seed),
         builtin.key,
         train_size=chosen.train_size,
-        heldout_size=chosen.heldout_size or max(1, min(64, different // 4)),
+        heldout_size=chosen.heldout_size or max(1, min(128, different // 4)),
         shots=_shots(chosen, chosen.style),
     )
     verifier = _verifier([Exact()], chosen, chosen.style, examples.shots)

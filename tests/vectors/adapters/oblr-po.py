@@ -3,7 +3,7 @@
 import torch
 
 from polopt.functional.masked import masked_sum
-from polopt.methods.advantage.oblr_po import SignalToNoise, optimal_baseline, score_sqnorm, signal_and_noise
+from polopt.methods.advantage.oblr_po import SignalToNoise, optimal_baseline, score_sqnorm
 from tests.vectors.adapters.common import Values
 
 
@@ -22,7 +22,7 @@ def rate(inputs: Values, params: Values) -> Values:
         g = torch.as_tensor(gradients, dtype=torch.float64)
         square_sum, mean_square = g.square().sum(), g.mean(0).square().sum()
         share = optimizer.rate_share(square_sum, mean_square, len(g))
-        signal, noise = signal_and_noise(square_sum, mean_square, len(g))
+        signal, noise = optimizer.corrected()
         for name, number in (("signal", signal), ("noise", noise), ("lr", share * params["lr_max"])):
             found[name].append(float(number))
     return found

@@ -26,7 +26,7 @@ published: they are the user's. Equal rewards of a group give 0 in the first sta
 Slots: advantage `g2rpo`, shaping `length_envelope`, regularizer `entropy_band`, sampler `accuracy_filter`; reads `task`.
 """
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -207,7 +207,7 @@ class AccuracyFilter(Sampler):
         max_rounds: int = Field(20, ge=1)
         """Rollout rounds until the batch is full."""
 
-    def __init__(self, **options: float) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.max_rounds = self.config.max_rounds
 

@@ -123,6 +123,11 @@ class SignalToNoise(Optimizer):
         self.register_buffer("averages", torch.zeros(2, dtype=torch.float64))
         self.register_buffer("updates", torch.zeros((), dtype=torch.float64))
 
+    def corrected(self) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """Averages of signal and noise with bias correction; NaN before the first update."""
+        signal, noise = self.averages / (1 - self.config.ema**self.updates)
+        return signal, noise
+
     def rate_share(self, square_sum: Tensor, mean_square: Tensor, groups: int) -> float:
         c = self.config
         if groups > 1:
@@ -131,7 +136,7 @@ class SignalToNoise(Optimizer):
             self.updates += 1
         if self.updates == 0:
             return c.lr_min_share
-        signal, noise = self.averages / (1 - c.ema**self.updates)
+        signal, noise = self.corrected()
         signal = signal.clamp(min=0)
         share = float(signal / (signal + noise)) if signal + noise > 0 else 0.0
         return min(1.0, max(c.lr_min_share, share))

@@ -39,17 +39,17 @@ from polopt.registry import register, register_recipe
 from polopt.settings import Settings
 
 
-def mixed_probability(n: Tensor | int, p: Float[Tensor, " M"]) -> Float[Tensor, " M"]:
+def mixed_probability(n: Tensor | int, p: Float[Tensor, "*#M"]) -> Float[Tensor, "*#M"]:
     """Equation (1): probability that n rollouts at success rate p are not all alike; 0 at p = 0 and 1."""
     return torch.where((p > 0) & (p < 1), 1 - p**n - (1 - p) ** n, 0.0)
 
 
-def information_gain(p: Float[Tensor, " M"]) -> Float[Tensor, " M"]:
+def information_gain(p: Float[Tensor, "*#M"]) -> Float[Tensor, "*#M"]:
     """Equation (2): gain of one policy-gradient step on the prompt's log-odds."""
     return p * (1 - p).square()
 
 
-def value(n: Tensor | int, p: Float[Tensor, " M"]) -> Float[Tensor, " M"]:
+def value(n: Tensor | int, p: Float[Tensor, "*#M"]) -> Float[Tensor, "*#M"]:
     """Equation (3): learning value of n rollouts at success rate p, float64."""
     return mixed_probability(n, p.double()) * information_gain(p.double())
 
@@ -163,7 +163,7 @@ def _reference(rates: list[float], units: int, low: int, up: int) -> list[int]:
     best[0] = 0.0
     choices: list[Tensor] = []
     for p in rates:
-        worth = torch.where(steps > 0, value(low + steps, torch.tensor(p)), 0.0)
+        worth = torch.where(steps > 0, value(low + steps, torch.tensor([p], dtype=torch.float64)), 0.0)
         padded = torch.cat([torch.full((most,), -torch.inf, dtype=torch.float64), best])
         candidates = padded.unfold(0, most + 1, 1).flip(-1) + worth
         best, choice = _first_maximum(candidates)

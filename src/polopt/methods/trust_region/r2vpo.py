@@ -21,6 +21,8 @@ replays earlier iterations against their own behaviour log-probabilities (`repla
 Slots: surrogate with state (the multiplier).
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from pydantic import Field
@@ -72,7 +74,7 @@ class RatioVariance(Surrogate):
         eta_lambda: float = Field(0.5, ge=0)
         """Step of the multiplier per update; 0 keeps it fixed."""
 
-    def __init__(self, **options: float) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.register_buffer("multiplier", torch.tensor(self.config.lam, dtype=torch.float64))
 

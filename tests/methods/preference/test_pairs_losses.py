@@ -1,0 +1,152 @@
+"""Identities of the P3O (arXiv 2310.00212) and CoPG (arXiv 2406.19185) cards."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from polopt.batch import Batch, Evaluation
+from polopt.engine.gradient import backward
+from polopt.functional.groups import Groups
+from polopt.functional.masked import masked_sum
+from polopt.methods.preference.copg import ContrastivePairs, contrastive_advantage, pair_objective
+from polopt.methods.preference.p3o import PairwiseProximal
+from polopt.methods.preference.pairs import pairs_in_groups
+from polopt.miniature import SumModActor, SumModTask
+
+DRAWS = torch.Generator().manual_seed(0)
+
+
+def batch(rows: int = 9, length: int = 4) -> Batch:
+    mask = torch.arange(length)[None] < torch.tensor([4, 2, 3, 4, 1, 4, 3, 2, 4])[:rows, None]
+    made = Batch(
+        mask=mask,
+        old_logp=-torch.rand(rows, length, generator=DRAWS, dtype=torch.float64),
+        rewards=torch.randn(rows, 1, generator=DRAWS, dtype=torch.float64),
+        group=torch.tensor([0, 1, 0, 1, 0, 2, 1, 1, 3])[:rows],
+        prompt_id=torch.arange(rows),
+        batch_size=[rows],
+    )
+    made.ref_logp = made.old_logp - 0.1
+    made.weights = mask.double()
+    made.loss_weight = mask.double()
+    return made
+
+
+def gradient(surrogate: PairwiseProximal | ContrastivePairs, data: Batch, logp: torch.Tensor) -> torch.Tensor:
+    logp = logp.clone().requires_grad_()
+    return torch.autograd.grad(surrogate(Evaluation(logp).where(data.mask), data), logp)[0]
+
+
+def moved(data: Batch, scale: float) -> torch.Tensor:
+    noise = torch.randn(data.mask.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    return data.old_logp + scale * noise
+
+
+def test_pairs_are_all_unordered_pairs_of_groups_with_their_averages() -> None:
+    group = batch().group
+    i, j, weight, members = pairs_in_groups(group, torch.ones(9, dtype=torch.bool))
+    assert {frozenset(p) for p in zip(i.tolist(), j.tolist(), strict=True)} == {
+        frozenset((a, b)) for a in range(9) for b in range(a) if group[a] == group[b]
+    }
+    assert_close(weight.sum(), torch.ones((), dtype=torch.float64))
+    assert_close(weight, 1 / (members * (members - 1) / 2 * 2).double())
+
+
+@pytest.mark.parametrize("variant", ["v1", "v2"])
+def test_p3o_is_invariant_to_a_shift_of_a_prompts_rewards(variant: str) -> None:
+    data, shifted = batch(), batch()
+    shifted.rewards = data.rewards + (10.0 * data.group)[:, None]
+    shifted.old_logp, logp = data.old_logp, moved(data, 0.1)
+    surrogate = PairwiseProximal(variant=variant)
+    assert_close(gradient(surrogate, shifted, logp), gradient(surrogate, data, logp), atol=1e-12, rtol=0.0)
+
+
+def test_p3o_on_policy_is_rloo() -> None:
+    data = batch()
+    groups, outcome = Groups.of(data.group), data.outcome()
+    plural = groups.broadcast(groups.size) > 1
+    rloo = (outcome - groups.leave_one_out_mean(outcome)) * plural / groups.broadcast(groups.size) / 2
+    expected = -rloo[:, None] * data.mask
+    for variant in ("v1", "v2"):
+        assert_close(gradient(PairwiseProximal(variant=variant), data, data.old_logp), expected)
+
+
+def test_p3o_variants_agree_off_policy_without_clipping() -> None:
+    data = batch()
+    logp = moved(data, 0.01)
+    v1, v2 = (gradient(PairwiseProximal(variant=v, clip=0.9), data, logp) for v in ("v1", "v2"))
+    assert_close(v1, v2)
+
+
+def test_p3o_v2_gradients_of_a_pair_cancel() -> None:
+    data = batch()[[0, 2]]
+    found = gradient(PairwiseProximal(), data, moved(data, 0.05))
+    per_token = masked_sum(found, data.mask) / data.lengths
+    assert_close(per_token.sum(), torch.zeros((), dtype=torch.float64), atol=1e-12, rtol=0.0)
+
+
+def test_copg_without_kl_is_twice_p3o_on_policy() -> None:
+    data = batch()
+    assert_close(
+        gradient(ContrastivePairs(beta=0.0), data, data.old_logp),
+        2 * gradient(PairwiseProximal(), data, data.old_logp),
+    )
+
+
+def test_copg_with_quarter_rewards_is_ipo() -> None:
+    beta, gap = 0.3, torch.linspace(-3, 3, 13, dtype=torch.float64)
+    ipo = beta / 2 * (gap - 1 / (2 * beta)).square() - 1 / (8 * beta)
+    assert_close(-pair_objective(torch.full_like(gap, 0.5), gap, beta), ipo)
+
+
+def test_copg_gradient_is_the_leave_one_out_baseline_of_the_regularised_reward() -> None:
+    data, beta = batch(), 0.2
+    logp = moved(data, 0.3)
+    rho = masked_sum(logp - data.ref_logp, data.mask)
+    advantage = contrastive_advantage(data.outcome(), rho, data.group, beta)
+    groups = Groups.of(data.group)
+    plural = int((groups.size > 1).sum())
+    expected = -2 / groups.broadcast(groups.size) * advantage / plural
+    assert_close(gradient(ContrastivePairs(beta=beta), data, logp), expected[:, None] * data.mask)
+    assert_close(groups.sum(advantage), torch.zeros(4, dtype=torch.float64), atol=1e-12, rtol=0.0)
+
+
+def test_copg_is_stationary_at_the_kl_regularised_optimum() -> None:
+    data, beta = batch()[[0, 2, 4]], 0.5
+    logp = data.ref_logp.clone()
+    logp[:, 0] += data.outcome() / beta
+    assert gradient(ContrastivePairs(beta=beta), data, logp).abs().max() < 1e-12
+
+
+def test_copg_squared_form_has_the_same_direction_scaled_by_beta_k() -> None:
+    data, beta = batch()[[1, 3, 6, 7]], 0.2
+    logp = moved(data, 0.3)
+    plain, squared = (
+        gradient(ContrastivePairs(beta=beta, form=f), data, logp) for f in ("contrastive", "squared")
+    )
+    assert_close(squared, beta * 4 * plain)
+
+
+def test_pair_losses_without_a_pair_have_zero_gradient() -> None:
+    data = batch()[[0, 1]]
+    for surrogate in (PairwiseProximal(), ContrastivePairs()):
+        assert not gradient(surrogate, data, data.old_logp).any()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 5])
+def test_pair_losses_are_exact_under_micro_batches(rows: int) -> None:
+    task = SumModTask()
+    from polopt.domain import Plan
+
+    found = []
+    for size in (10_000, rows):
+        actor = SumModActor(task, rows=size)
+        data = actor.rollout(
+            task, Plan(torch.arange(3), torch.tensor([4, 3, 5])), torch.Generator().manual_seed(1)
+        ).batch
+        data.rewards = torch.arange(12.0, dtype=torch.float64)[:, None] % 5
+        data.weights = data.loss_weight = data.mask.double()
+        data.old_logp = data.old_logp - 0.05
+        backward(actor, data, PairwiseProximal(), frozenset({"logp"}), separable=False)
+        found.append([p.grad.clone() for p in actor.module.parameters() if p.grad is not None])
+    assert_close(found[1], found[0], atol=1e-10, rtol=0.0)
