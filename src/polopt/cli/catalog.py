@@ -6,7 +6,7 @@ refused without that; what is left for the registry is what a part's own validat
 
 import ast
 import tomllib
-from functools import cached_property, reduce
+from functools import cache, cached_property, reduce
 from importlib.metadata import entry_points
 from operator import or_
 from pathlib import Path
@@ -34,7 +34,7 @@ def check_parts(config: RunConfig) -> None:
     """
     if config.plugins or entry_points(group="polopt.methods"):
         return  # they may bring further ones
-    catalog = Catalog()
+    catalog = library()
     if config.method not in catalog.recipes:
         raise ConfigError(
             f"method = {config.method!r}: unknown; {nearest(config.method, sorted(catalog.recipes))}"
@@ -67,6 +67,12 @@ def parse_options(spec: str, text: str) -> dict[str, Any]:
         except tomllib.TOMLDecodeError:
             options[key.strip()] = value.strip()
     return options
+
+
+@cache
+def library() -> "Catalog":
+    """The catalog of the installed library."""
+    return Catalog()
 
 
 class Catalog:
