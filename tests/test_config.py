@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polopt.cli import main
-from polopt.cli.building import close, prepare
+from polopt.cli.building import build, prepare
 from polopt.cli.catalog import Catalog
 from polopt.config import RunConfig, configure, read_toml, to_toml
 from polopt.errors import ConfigError, MissingExtraError
@@ -112,6 +112,11 @@ BAD: dict[str, Bad] = {
     "no tokens": ({"language": {"max_new_tokens": 0}}, ["--max-new-tokens", "0"], ["new", "0"]),
     "dtype unknown": ({"language": {"dtype": "float16"}}, ["--dtype", "float16"], ["dtype", "float16", "bfloat16"]),
     "warm-up of a trained model": ({"language": {"warm_up": 3}}, ["--warm-up", "3"], ["warm", "tiny:"]),
+    "warm-up of adapters": (
+        {"language": {"warm_up": 3, "lora_rank": 8, "model": "tiny:2x32"}},
+        ["--warm-up", "3", "--lora-rank", "8", "--model", "tiny:2x32"],
+        ["warm", "3", "lora_rank"],
+    ),
     "model is a number": ({"language": {"model": 3}}, [], ["language.model", "3"]),
     "task kind misspelt": ({"task": "buitin:add"}, ["--task", "buitin:add"], ["task", "buitin:add", "builtin:add"]),
     "task name misspelt": ({"task": "builtin:largst"}, ["--task", "builtin:largst"], ["task", "builtin:largest"]),
@@ -165,10 +170,7 @@ def refused(argv: list[str], names: list[str], capsys: pytest.CaptureFixture[str
 def test_bad_configurations_are_refused_from_python(bad: Bad) -> None:
     values, _, names = bad
     with pytest.raises(ConfigError) as found:
-        prepared = prepare(configure(values))
-        from polopt.cli.building import assemble
-
-        close(assemble(prepared))
+        build(configure(values))
     assert "\n" not in str(found.value)
     assert all(name.lower() in str(found.value).lower() for name in names), found.value
 

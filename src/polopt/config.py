@@ -120,6 +120,10 @@ class RunConfig(Settings):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         t = self.trainer
+        if self.language.warm_up and self.language.lora_rank:
+            raise ValueError(
+                f"language.warm_up = {self.language.warm_up}: a warm-up is of all weights; set language.lora_rank = 0"
+            )
         if t.minibatches > t.prompts * t.rollouts:
             raise ValueError(
                 f"trainer.minibatches = {t.minibatches}: more than the rollouts of an iteration, "

@@ -296,7 +296,7 @@ def test_samples_are_lines_that_cannot_speak_to_a_terminal(tmp_path: Path) -> No
         ({"a": b""}, "iteration 3, a: a bytes"),
         ({"iteration": 4}, '"iteration": the name is taken'),
     ],
-    ids=str,
+    ids=lambda case: None if isinstance(case, dict) else str(case),
 )
 def test_what_is_not_json_is_named_and_not_written(
     tmp_path: Path, values: dict[str, Any], named: str

@@ -259,12 +259,13 @@ def test_stop_strings_end_a_completion_where_its_text_first_has_one(stop, tokeni
     assert len(set(ends)) > 3
 
 
-def test_refresh_takes_over_the_weights_in_another_dtype(tokenizer):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_copy_follows_the_model_only_when_refreshed(dtype, tokenizer):
     model = tiny(dtype=torch.float32)
-    sampler = CompletionSampler(model, tokenizer, torch.float64)
+    sampler = CompletionSampler(model, tokenizer, dtype)
     config, numbers = SamplingConfig(8), uniform(COUNTS, 8)
     before = sampler.sample(PROMPTS, COUNTS, config, numbers)
-    assert before.logp.dtype == torch.float64
+    assert before.logp.dtype == dtype
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -272,9 +273,32 @@ def test_refresh_takes_over_the_weights_in_another_dtype(tokenizer):
     sampler.refresh()
     after = sampler.sample(PROMPTS, COUNTS, config, numbers)
     assert not torch.equal(after.tokens, before.tokens)
-    assert_same(
-        after, CompletionSampler(model.double(), tokenizer).sample(PROMPTS, COUNTS, config, numbers), 1e-5
-    )
+    own = CompletionSampler(model.to(dtype), tokenizer).sample(PROMPTS, COUNTS, config, numbers)
+    assert_same(after, own, 1e-5)
+
+
+def test_a_copy_follows_a_model_that_was_sharded_later(tokenizer):
+    from torch import distributed
+    from torch.distributed.tensor import DTensor
+
+    from polopt.engine.sharding import shard_module
+
+    model, twin = tiny(dtype=torch.float32), tiny(dtype=torch.float32)
+    sampler = CompletionSampler(model, tokenizer, torch.float32)
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        shard_module(nn.ModuleDict({"policy": model}), 1)
+        with torch.no_grad():
+            for parameter, other in zip(model.parameters(), twin.parameters(), strict=True):
+                assert isinstance(parameter, DTensor)
+                parameter.mul_(0.9)
+                other.mul_(0.9)
+        sampler.refresh()
+    finally:
+        distributed.destroy_process_group()
+    config, numbers = SamplingConfig(8), uniform(COUNTS, 8)
+    expected = CompletionSampler(twin, tokenizer).sample(PROMPTS, COUNTS, config, numbers)
+    assert_same(sampler.sample(PROMPTS, COUNTS, config, numbers), expected, 1e-5)
 
 
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-5), (torch.bfloat16, 0.3)])
@@ -374,6 +398,7 @@ def test_a_large_group_is_stored_more_than_once_and_dead_prompts_are_dropped():
     cache = PrefixCache([2, 3, 4], torch.device("cpu"))
     cache.begin_rows(torch.tensor([1] * 10 + [0, 2]))
     assert cache.lengths.tolist() == [2, 3, 3, 3, 4]
+    assert torch.bincount(cache._owner).tolist() == [1, 4, 4, 2, 1]
     order = cache.keep_rows(torch.arange(12) < 3)
     assert order.tolist() == [0, 1, 2] and cache.lengths.tolist() == [3]
 

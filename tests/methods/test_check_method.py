@@ -18,7 +18,15 @@ from polopt.methods.classics.grpo import GroupStandardized
 from polopt.methods.classics.ppo import PPOClip
 from polopt.testing import check_method
 
-NEEDS_OPTIONS: dict[tuple[str, str], dict[str, Any]] = {("shaping", "conditioned"): {"easy": 0, "hard": 1}}
+WITH_OPTIONS: dict[str, dict[str, Any]] = {
+    "conditioned": {"easy": 0, "hard": 1},
+    "length_envelope": {"min_start": 1, "peak_start": 2, "peak_end": 3, "max_end": 6},
+}
+
+
+def parts_of_no_recipe() -> list[type[Part]]:
+    used = {type(part) for make in registry.recipes().values() for part in make().parts}
+    return [part for slot in SLOTS for part in registry.parts(slot).values() if part not in used]
 
 
 @pytest.mark.parametrize("name", registry.recipes())
@@ -26,10 +34,9 @@ def test_every_recipe_passes(name: str) -> None:
     check_method(name)
 
 
-@pytest.mark.parametrize(("slot", "name"), [(slot, name) for slot in SLOTS for name in registry.parts(slot)])
-def test_every_part_passes(slot: str, name: str) -> None:
-    options = NEEDS_OPTIONS.get((slot, name), {})
-    check_method(registry.parts(slot)[name](**options), columns=2 if options else 1)
+@pytest.mark.parametrize("part", parts_of_no_recipe(), ids=lambda part: f"{part.slot}-{part.name}")
+def test_every_other_part_passes(part: type[Part]) -> None:
+    check_method(part(**WITH_OPTIONS.get(part.name, {})), columns=2)
 
 
 class Surrogates:
@@ -142,15 +149,6 @@ class Advantages:
         def observe(self, batch: Batch) -> None:
             self.mean.copy_(batch.outcome().mean())
 
-    class HasGradient(Advantage):
-        def __init__(self, **options: Any) -> None:
-            super().__init__(**options)
-            self.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
-
-        @torch.enable_grad()
-        def forward(self, batch: Batch) -> Tensor:
-            return (self.scale * Groups.of(batch.group).centre(batch.outcome()))[:, None]
-
     class DividesByZero(Advantage):
         def forward(self, batch: Batch) -> Tensor:
             groups, outcome = Groups.of(batch.group), batch.outcome()
@@ -182,7 +180,7 @@ class Advantages:
         requires = frozenset({"turn"})
 
         def forward(self, batch: Batch) -> Tensor:
-            return Groups.of(batch.group).centre(batch.turn.double().mean(-1))[:, None]
+            return (batch.outcome() * batch.turn.double().mean(-1))[:, None]
 
 
 class Rest:
@@ -207,6 +205,19 @@ class Rest:
 
         def set_extra_state(self, state: Any) -> None:
             """Nothing to set."""
+
+    class HasGradient(Shaping):
+        provides = frozenset({"scaled"})
+
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            self.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+        @torch.enable_grad()
+        def forward(self, batch: Batch, draw: Draw) -> Batch:
+            batch = batch.clone(recurse=False)
+            batch.set_signal("scaled", self.scale * batch.rewards)
+            return batch
 
     class Silent(Shaping):
         provides = frozenset({"promised"})
@@ -235,7 +246,7 @@ FAULTS: list[tuple[type[Part], str]] = [
     (Surrogates.Learns, "results_are_finite"),
     (Advantages.Hidden, "state_is_in_the_state_dict"),
     (Advantages.Poisoned, "missing_rewards_are_defined"),
-    (Advantages.HasGradient, "data_are_constant"),
+    (Rest.HasGradient, "data_are_constant"),
     (Advantages.DividesByZero, "odd_groups_are_defined"),
     (Advantages.CancelsDigits, "group_statistics_are_exact"),
     (Advantages.NearlyZero, "group_statistics_are_exact"),
@@ -252,12 +263,22 @@ FAULTS: list[tuple[type[Part], str]] = [
 
 @pytest.mark.parametrize(("fault", "check"), FAULTS, ids=lambda value: getattr(value, "__name__", value))
 def test_fault_is_found_by_its_check(fault: type[Part], check: str) -> None:
-    report = check_method(fault(), raise_on_failure=False)
+    report = check_method(fault(), only=[check], raise_on_failure=False)
     assert check in [failure.name for failure in report.failures], str(report)
 
 
 def test_sound_parts_of_the_same_making_pass() -> None:
     check_method(Method(advantage=GroupStandardized(), surrogate=PPOClip(clip_high=0.28), name="sound"))
+
+
+def test_gradients_through_the_advantages_are_found() -> None:
+    class Attached(Method):
+        def objective(self, evaluation: Evaluation, batch: Batch) -> Tensor:
+            return self.surrogate(evaluation.where(batch.mask), batch)
+
+    method = Attached(advantage=GroupStandardized(), surrogate=PPOClip())
+    report = check_method(method, only=["data_are_constant"], raise_on_failure=False)
+    assert "a gradient reaches advantages" in str(report)
 
 
 def test_failures_are_raised_with_one_line_each() -> None:

@@ -1,13 +1,7 @@
-"""Loads cases, finds their adapters and compares every expected output.
-
-An adapter is a module `adapters/SLUG.py` with `OPERATIONS`, a dictionary from the name of an operation (the case's `fn`,
-or `operation`, `op` or `kind` of its parameters or inputs; None where a file has one operation alone) to a function of
-(inputs, params) that returns a dictionary with at least the case's expected keys. It calls polopt's public functions and
-parts and has no mathematics of its own. Numeric lists among the inputs arrive as tensors, floating ones in float64;
-ragged lists, texts and null as they are.
-"""
+"""Loads cases, finds their adapters and compares every expected output. README.md says what an adapter is."""
 
 import importlib.util
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -32,11 +26,18 @@ def load_cases(folder: Path) -> list[tuple[str, dict[str, Any]]]:
     return [(content["slug"], case) for content in loaded for case in content["cases"]]
 
 
+def missing(slug: str, case: dict[str, Any]) -> str:
+    """What has no adapter."""
+    if (ADAPTERS / f"{slug}.py").exists():
+        return f"no adapter for operation {operation_of(case)!r} of slug {slug}"
+    return f"no adapter for slug {slug}"
+
+
 def operation_of(case: dict[str, Any]) -> str | None:
     """The name of a case's operation, None if it names none."""
-    named = [case.get("fn")]
-    for part in (case.get("params", {}), case.get("inputs", {})):
-        named += [part.get(key) for key in ("operation", "op", "kind")]
+    inputs, params = case.get("inputs", {}), case.get("params", {})
+    named = [case.get("fn"), case.get("function"), params.get("operation"), params.get("op")]
+    named += [inputs.get("kind"), inputs.get("op"), inputs.get("operation"), params.get("kind")]
     return next((name for name in named if isinstance(name, str)), None)
 
 
@@ -50,17 +51,18 @@ def find_adapter(slug: str, case: dict[str, Any]) -> Adapter | None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     operations: dict[str | None, Adapter] = module.OPERATIONS
-    return operations[None] if None in operations else operations.get(operation_of(case))
+    if None in operations:
+        return operations[None]
+    operation = operation_of(case) or ""
+    fitting = [name for name in operations if name and operation.startswith(name)]
+    return operations[max(fitting, key=len)] if fitting else None
 
 
 def as_input(value: Any) -> Any:
     """A tensor of numbers; anything else as it is."""
-    if isinstance(value, bool | str) or value is None or isinstance(value, dict):
+    if isinstance(value, bool | str | dict) or value is None or not is_rectangular(value):
         return value
-    try:
-        tensor = torch.tensor(value)
-    except (TypeError, ValueError):
-        return value
+    tensor = torch.tensor(value)
     return torch.tensor(value, dtype=torch.float64) if tensor.is_floating_point() else tensor
 
 
@@ -68,16 +70,41 @@ def differences(case: dict[str, Any], found: dict[str, Any]) -> list[str]:
     """What is wrong with an adapter's outputs, one line each."""
     wrong: list[str] = []
     for name, expected in case["expected"].items():
-        if name not in found:
+        if name in found:
+            wrong += mismatches(name, found[name], expected, case["rtol"], case["atol"])
+        else:
             wrong.append(f"{name}: not computed")
-            continue
-        actual = torch.as_tensor(found[name]).double()
-        wanted = torch.tensor(expected, dtype=torch.float64)
-        if actual.shape != wanted.shape:
-            wrong.append(f"{name}: shape {tuple(actual.shape)}, expected {tuple(wanted.shape)}")
-        elif not torch.allclose(actual, wanted, rtol=case["rtol"], atol=case["atol"], equal_nan=True):
-            wrong.append(f"{name}: {actual.tolist()}, expected {expected}")
     return wrong
+
+
+def mismatches(name: str, found: Any, expected: Any, rtol: float, atol: float) -> list[str]:
+    """What is wrong with one output: numbers up to the tolerances, texts and null exactly, nested values part by part."""
+    if expected is None or isinstance(expected, str):
+        return [] if found == expected else [f"{name}: {found!r}, expected {expected!r}"]
+    if isinstance(expected, dict):
+        missing = [f"{name}.{key}: not computed" for key in expected if key not in found]
+        present = (mismatches(f"{name}.{key}", found[key], expected[key], rtol, atol) for key in expected if key in found)
+        return [*missing, *itertools.chain.from_iterable(present)]
+    if not is_rectangular(expected):
+        if len(found) != len(expected):
+            return [f"{name}: {len(found)} entries, expected {len(expected)}"]
+        pairs = enumerate(zip(found, expected, strict=True))
+        return [line for i, (f, e) in pairs for line in mismatches(f"{name}[{i}]", f, e, rtol, atol)]
+    actual, wanted = torch.as_tensor(found).double(), torch.tensor(expected, dtype=torch.float64)
+    if actual.shape != wanted.shape:
+        return [f"{name}: shape {tuple(actual.shape)}, expected {tuple(wanted.shape)}"]
+    if torch.allclose(actual, wanted, rtol=rtol, atol=atol, equal_nan=True):
+        return []
+    return [f"{name}: {actual.tolist()}, expected {expected}"]
+
+
+def is_rectangular(value: Any) -> bool:
+    """Whether it is a number or a nested list of numbers that a tensor can hold."""
+    try:
+        torch.tensor(value)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def run_case(adapter: Adapter, case: dict[str, Any]) -> list[str]:

@@ -1,10 +1,10 @@
-"""Every case of `--vectors DIR` through its adapter. A slug without an adapter is reported, never passed over."""
+"""Every case of `--vectors DIR` through its adapter. What has no adapter is reported, never passed over."""
 
 from typing import Any
 
 import pytest
 
-from tests.vectors.runner import find_adapter, load_cases, run_case
+from tests.vectors.runner import find_adapter, load_cases, missing, run_case
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -18,6 +18,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def test_vector(slug: str, case: dict[str, Any]) -> None:
     adapter = find_adapter(slug, case)
     if adapter is None:
-        pytest.skip(f"no adapter for slug {slug}, operation of {case['name']}")
+        pytest.skip(missing(slug, case))
     wrong = run_case(adapter, case)
     assert not wrong, "\n".join(wrong)

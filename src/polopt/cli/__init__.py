@@ -35,7 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     _prepare_process()
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _dispatch(arguments)
+        try:
+            return _dispatch(arguments)
+        finally:
+            sys.stdout.flush()
     except PoloptError as error:
         sys.stderr.write(f"polopt: {_one_line(str(error))}\n")
         return _exit_code(error)

@@ -85,11 +85,11 @@ class TinyActor:
 
 
 def outside(values: Shaped[Tensor, "N T ..."], mask: Tensor, filling: float) -> Shaped[Tensor, "N T ..."]:
-    """`values` with `filling` where the mask is False; -1 in tensors of integers."""
+    """`values` with `filling` where the mask is False; in tensors of integers -1 if it is no integer."""
     shaped = mask.view(mask.shape + (1,) * (values.dim() - mask.dim()))
-    return torch.where(
-        shaped, values, torch.tensor(filling if values.is_floating_point() else -1).to(values.dtype)
-    )
+    whole = abs(filling) < 2**31 and float(filling).is_integer()
+    number = filling if values.is_floating_point() or whole else -1
+    return torch.where(shaped, values, torch.tensor(number).to(values.dtype))
 
 
 def random_batch(
