@@ -42,7 +42,10 @@ def curve(out: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("method", ["grpo", "rloo", "dr_grpo", "gspo", "cispo", "ppo"])
 def test_classics_learn_from_one_sixth_to_most(method: str) -> None:
-    finals = [trainer(method, seed=seed, **LEARN).run()["after"]["score"] for seed in range(3)]
+    sizes = LEARN | (
+        {"iterations": 120} if method == "gspo" else {}
+    )  # its clip is a thousandth of the others
+    finals = [trainer(method, seed=seed, **sizes).run()["after"]["score"] for seed in range(3)]
     assert sorted(finals)[1] > 0.6, finals
 
 

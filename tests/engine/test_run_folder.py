@@ -111,6 +111,20 @@ def test_refusals_leave_no_descriptor_open(tmp_path: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == before - 1
 
 
+def test_a_full_disk_is_named_and_leaves_the_folder_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", fail)
+        with pytest.raises(PoloptError, match="lock: No space left"):
+            RunFolder.open(tmp_path).__enter__()
+    with RunFolder.open(tmp_path):
+        pass
+
+
 def test_the_lock_goes_when_the_run_fails(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), RunFolder.open(tmp_path):
         _ = 1 / 0

@@ -165,7 +165,16 @@ def test_subclasses_come_back_plain() -> None:
         ({"b": torch.zeros(2, dtype=torch.complex128)}, "state a.b: a torch.complex128"),
         (torch.eye(2).to_sparse(), "sparse"),
     ],
-    ids=["object", "set", "tuple key", "bool key", "numpy number", "bytes", "complex tensor", "sparse tensor"],
+    ids=[
+        "object",
+        "set",
+        "tuple key",
+        "bool key",
+        "numpy number",
+        "bytes",
+        "complex tensor",
+        "sparse tensor",
+    ],
 )
 def test_what_cannot_be_saved_is_named(value: Any, named: str) -> None:
     with pytest.raises(CheckpointError, match=named):

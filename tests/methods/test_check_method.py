@@ -13,7 +13,7 @@ from polopt.errors import ConfigError
 from polopt.functional.groups import Groups
 from polopt.functional.masked import masked_sum
 from polopt.functional.ratio import log_ratio
-from polopt.method import SLOTS, Advantage, Budget, Draw, Method, Part, Selection, Shaping, Surrogate
+from polopt.method import SLOTS, Advantage, Budget, Draw, Method, Part, Selection, Shaping
 from polopt.methods.classics.grpo import GroupStandardized
 from polopt.methods.classics.ppo import PPOClip
 from polopt.testing import check_method
@@ -159,7 +159,9 @@ class Advantages:
             groups, outcome = Groups.of(batch.group), batch.outcome()
             mean = groups.sum(outcome) / groups.size
             variance = groups.sum(outcome.square()) / groups.size - mean.square()
-            return ((outcome - groups.broadcast(mean)) / (groups.broadcast(variance.clamp(min=0).sqrt()) + 1e-6))[:, None]
+            return (
+                (outcome - groups.broadcast(mean)) / (groups.broadcast(variance.clamp(min=0).sqrt()) + 1e-6)
+            )[:, None]
 
     class NearlyZero(Advantage):
         def forward(self, batch: Batch) -> Tensor:
@@ -282,7 +284,9 @@ def test_gradients_through_the_advantages_are_found() -> None:
 
 
 def test_failures_are_raised_with_one_line_each() -> None:
-    with pytest.raises(AssertionError, match=r"custom: \d+ of \d+ checks passed\n  results_are_finite: .* zero") as caught:
+    with pytest.raises(
+        AssertionError, match=r"custom: \d+ of \d+ checks passed\n  results_are_finite: .* zero"
+    ) as caught:
         check_method(Method(advantage=GroupStandardized(), surrogate=Surrogates.Learns()))
     assert len(str(caught.value).splitlines()) == 2
 

@@ -83,7 +83,11 @@ def mismatches(name: str, found: Any, expected: Any, rtol: float, atol: float) -
         return [] if found == expected else [f"{name}: {found!r}, expected {expected!r}"]
     if isinstance(expected, dict):
         missing = [f"{name}.{key}: not computed" for key in expected if key not in found]
-        present = (mismatches(f"{name}.{key}", found[key], expected[key], rtol, atol) for key in expected if key in found)
+        present = (
+            mismatches(f"{name}.{key}", found[key], expected[key], rtol, atol)
+            for key in expected
+            if key in found
+        )
         return [*missing, *itertools.chain.from_iterable(present)]
     if not is_rectangular(expected):
         if len(found) != len(expected):

@@ -60,7 +60,7 @@ def test_runner_finds_operations_wherever_files_name_them() -> None:
 
 
 def test_runner_names_empty_folders(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no \\*.json"):
+    with pytest.raises(FileNotFoundError, match=r"no \\*.json"):
         load_cases(tmp_path)
 
 
@@ -75,7 +75,16 @@ def test_folder_of_vectors_passes_fails_and_reports_what_it_cannot_run(tmp_path:
     files = {"bnpo": [good, wrong, more, other], "no-such-paper": [good, good | {"name": "again"}]}
     for slug, cases in files.items():
         (tmp_path / f"{slug}.json").write_text(json.dumps({"slug": slug, "cases": cases}))
-    command = [sys.executable, "-m", "pytest", "tests/vectors/test_vectors.py", "--vectors", str(tmp_path), "-q", "-rA"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "tests/vectors/test_vectors.py",
+        "--vectors",
+        str(tmp_path),
+        "-q",
+        "-rA",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
     assert done.returncode == 1
     for line in (

@@ -65,8 +65,8 @@ class RunFolder:
             ...     run.log_metrics(1, {"reward": 0.5})
         """
         run = cls(path)
-        run._acquire()
         try:
+            run._acquire()
             yield run
         finally:
             run._release()
@@ -169,13 +169,13 @@ class RunFolder:
             remedy = "wait for it, stop it, or choose another --out"
             raise ConfigError(f"{self.path}: {holder} is writing here; {remedy}") from error
         self.recovered = _describe(lock)
-        started = datetime.now(UTC).isoformat(timespec="seconds")
-        os.ftruncate(lock, 0)
-        os.pwrite(
-            lock, _json({"pid": os.getpid(), "host": os.uname().nodename, "started": started}, "lock"), 0
-        )
         self._lock = lock
         os.register_at_fork(after_in_child=self._forget)
+        started = datetime.now(UTC).isoformat(timespec="seconds")
+        holder = {"pid": os.getpid(), "host": os.uname().nodename, "started": started}
+        with self._writing("lock"):
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, _json(holder, "lock"), 0)
 
     def _release(self) -> None:
         if self._lock is not None:

@@ -21,6 +21,7 @@ from polopt.engine.sharding import full
 from polopt.errors import ConfigError
 from polopt.language.head import HeadOptions, HeadOutput, evaluate_head
 from polopt.language.packing import ATTENTION, Packing, pack, packed_attention
+from polopt.language.rms_norm import fused_norms
 
 
 def evaluate_completions(
@@ -65,8 +66,6 @@ def evaluate_completions(
         )
     if requires & {"kept_logits", "kept_rows"} and not kept:
         raise ConfigError("kept_logits: needs their number, the option 'kept' of the part that requires them")
-    if "value" in requires and value_head is None:
-        raise ConfigError("value: needs a critic, and the actor has none")
     decoder, head = decoder_and_head(model)
     factor, softcap = _logit_transform(model)
     options = HeadOptions(
@@ -79,7 +78,7 @@ def evaluate_completions(
         kept=kept if kept and requires & {"kept_logits", "kept_rows"} else 0,
     )
     packing = pack(batch)
-    with _attention(decoder.config, ATTENTION):
+    with _packed(decoder), fused_norms(decoder):
         states = decoder(
             input_ids=packing.tokens[None],
             position_ids=packing.positions[None],
@@ -90,6 +89,8 @@ def evaluate_completions(
     output = evaluate_head(hidden, full(head.weight), full(head.bias), packing.state, packing.action, options)
     found = _of_decisions(output, hidden, packing, options.scale)
     if "value" in requires:
+        if value_head is None:
+            raise ConfigError("value: needs a critic, and the actor has none")
         found["value"] = _values(value_head, hidden)[packing.state]
     return Evaluation(**{name: _placed(found[name], packing, batch) for name in requires | {"logp"}})
 
@@ -117,17 +118,17 @@ def _logit_transform(model: Any) -> tuple[float, float | None]:
 
 
 @contextmanager
-def _attention(config: Any, name: str) -> Iterator[None]:
-    """Inside it the model attends by the named function of transformers' `AttentionInterface`."""
+def _packed(decoder: Any) -> Iterator[None]:
+    """Inside it a decoder attends by `packed_attention`."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(ATTENTION, packed_attention)
-    before = config._attn_implementation
-    config._attn_implementation = name
+    before = decoder.config._attn_implementation
+    decoder.config._attn_implementation = ATTENTION
     try:
         yield
     finally:
-        config._attn_implementation = before
+        decoder.config._attn_implementation = before
 
 
 def _of_decisions(

@@ -67,7 +67,7 @@ def build_tiny(spec: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> 
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
+        model: Any = LlamaForCausalLM(config)
     return model.to(dtype).eval(), tokenizer
 
 

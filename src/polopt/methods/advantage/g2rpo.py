@@ -190,7 +190,8 @@ class TaskEntropyBand(Regularizer):
     def forward(self, evaluation: Evaluation, batch: Batch) -> Float[Tensor, ""]:
         c = self.config
         entropy = -evaluation.logp if c.estimator == "sampled" else evaluation.entropy
-        return c.coef * entropy_band(task_entropy(entropy, batch.mask, batch.task), c.low, c.high)
+        selected = batch.mask & (batch.loss_weight != 0)
+        return c.coef * entropy_band(task_entropy(entropy, selected, batch.task), c.low, c.high)
 
 
 @register("accuracy_filter")

@@ -1,0 +1,72 @@
+"""Root-mean-square normalisation as one operation, which keeps its input alone for the backward pass.
+
+Layer by layer as transformers has it, it keeps two float32 tensors and, under autocast, one bfloat16 copy of its output
+for every linear layer that reads it: a third of the memory of a training pass.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+def rms_norm(
+    hidden: Float[Tensor, "... H"], weight: Float[Tensor, " H"], epsilon: float
+) -> Float[Tensor, "... H"]:
+    """`weight * hidden / sqrt(mean(hidden^2) + epsilon)`, in at least float32.
+
+    Returns:
+        The autocast type where autocast is on, as linear layers read it; else the type of `hidden`.
+    """
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    return _RmsNorm.apply(hidden, weight, epsilon, dtype)
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype) -> Tensor:
+        exact = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        inverse = torch.rsqrt(exact.square().mean(-1, keepdim=True).add_(epsilon))
+        ctx.save_for_backward(hidden, weight, inverse)
+        return (exact * inverse).mul_(weight).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, inverse = ctx.saved_tensors
+        normal = hidden.to(inverse.dtype) * inverse
+        grad = grads[0].to(inverse.dtype)
+        of_weight = (grad * normal).flatten(0, -2).sum(0).to(weight.dtype)
+        grad = grad * weight
+        radial = (grad * normal).mean(-1, keepdim=True)
+        return grad.sub_(normal.mul_(radial)).mul_(inverse).to(hidden.dtype), of_weight, None, None
+
+
+@contextmanager
+def fused_norms(model: nn.Module) -> Iterator[None]:
+    """Inside it the norms of Llama's form in a model are computed by `rms_norm`, but for float64 ones.
+
+    They are recognised by what transformers calls them; `check_model` would find one that is none.
+    """
+    norms: list[Any] = [
+        module
+        for module in model.modules()
+        if type(module).__name__.endswith("RMSNorm")
+        and hasattr(module, "variance_epsilon")
+        and module.weight.dtype != torch.float64
+    ]
+    for norm in norms:
+        norm.forward = partial(_forward, norm)
+    try:
+        yield
+    finally:
+        for norm in norms:
+            del norm.forward
+
+
+def _forward(norm: Any, hidden_states: Tensor) -> Tensor:
+    return rms_norm(hidden_states, norm.weight, norm.variance_epsilon)
