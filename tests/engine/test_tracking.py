@@ -58,7 +58,7 @@ class Recorder:
 
 def run(out: Path, *reporters: Any, resume: bool = False, iterations: int = 4) -> dict[str, Any]:
     """A short run of the miniature domain."""
-    task = SumModTask()
+    task: Any = SumModTask()
     config = polopt.TrainerConfig(iterations=iterations, prompts=4, rollouts=4, lr=0.01, score_prompts=6)
     description = {"trainer": config.model_dump(mode="json")}
     trainer = polopt.Trainer(

@@ -142,6 +142,8 @@ class Advantages:
             self.seen += 1
 
     class Poisoned(GroupStandardized):
+        mean: Tensor
+
         def __init__(self, **options: Any) -> None:
             super().__init__(**options)
             self.register_buffer("mean", torch.zeros((), dtype=torch.float64))

@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,10 +61,26 @@ def find_adapter(slug: str, case: dict[str, Any]) -> Adapter | None:
 
 def as_input(value: Any) -> Any:
     """A tensor of numbers; anything else as it is."""
-    if isinstance(value, bool | str | dict) or value is None or not is_rectangular(value):
+    if not isinstance(value, list | int | float) or isinstance(value, bool) or not is_rectangular(value):
         return value
-    tensor = torch.tensor(value)
-    return torch.tensor(value, dtype=torch.float64) if tensor.is_floating_point() else tensor
+    tensor = torch.tensor(nan_for_null(value))
+    return torch.tensor(nan_for_null(value), dtype=torch.float64) if tensor.is_floating_point() else tensor
+
+
+def nan_for_null(value: Any) -> Any:
+    """Nested lists with NaN in place of null."""
+    if isinstance(value, list):
+        return [nan_for_null(entry) for entry in value]
+    return math.nan if value is None else value
+
+
+def is_rectangular(value: Any) -> bool:
+    """Whether it is a number or a nested list of numbers and nulls that a tensor can hold."""
+    try:
+        torch.tensor(nan_for_null(value))
+    except (RuntimeError, TypeError, ValueError):
+        return False
+    return True
 
 
 def differences(case: dict[str, Any], found: dict[str, Any]) -> list[str]:
@@ -78,7 +95,7 @@ def differences(case: dict[str, Any], found: dict[str, Any]) -> list[str]:
 
 
 def mismatches(name: str, found: Any, expected: Any, rtol: float, atol: float) -> list[str]:
-    """What is wrong with one output: numbers up to the tolerances, texts and null exactly, nested values part by part."""
+    """What is wrong with an output: numbers up to the tolerances, texts and null exactly, nested values one by one."""
     if expected is None or isinstance(expected, str):
         return [] if found == expected else [f"{name}: {found!r}, expected {expected!r}"]
     if isinstance(expected, dict):
@@ -94,21 +111,15 @@ def mismatches(name: str, found: Any, expected: Any, rtol: float, atol: float) -
             return [f"{name}: {len(found)} entries, expected {len(expected)}"]
         pairs = enumerate(zip(found, expected, strict=True))
         return [line for i, (f, e) in pairs for line in mismatches(f"{name}[{i}]", f, e, rtol, atol)]
-    actual, wanted = torch.as_tensor(found).double(), torch.tensor(expected, dtype=torch.float64)
+    actual, wanted = (
+        torch.as_tensor(found).double(),
+        torch.tensor(nan_for_null(expected), dtype=torch.float64),
+    )
     if actual.shape != wanted.shape:
         return [f"{name}: shape {tuple(actual.shape)}, expected {tuple(wanted.shape)}"]
     if torch.allclose(actual, wanted, rtol=rtol, atol=atol, equal_nan=True):
         return []
     return [f"{name}: {actual.tolist()}, expected {expected}"]
-
-
-def is_rectangular(value: Any) -> bool:
-    """Whether it is a number or a nested list of numbers that a tensor can hold."""
-    try:
-        torch.tensor(value)
-    except (TypeError, ValueError):
-        return False
-    return True
 
 
 def run_case(adapter: Adapter, case: dict[str, Any]) -> list[str]:

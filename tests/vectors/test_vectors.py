@@ -1,6 +1,7 @@
 """Every case of `--vectors DIR` through its adapter. What has no adapter is reported, never passed over."""
 
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -10,7 +11,7 @@ from tests.vectors.runner import find_adapter, load_cases, missing, run_case
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One test for each case."""
     if "case" in metafunc.fixturenames:
-        cases = load_cases(metafunc.config.getoption("--vectors"))
+        cases = load_cases(cast(Path, metafunc.config.getoption("--vectors")))
         names = [f"{slug}-{case['name']}" for slug, case in cases]
         metafunc.parametrize(("slug", "case"), cases, ids=names)
 

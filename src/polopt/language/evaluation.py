@@ -59,7 +59,7 @@ def evaluate_completions(
         ValueError: a prompt is empty.
     """
     if not batch.mask.numel():
-        return Evaluation(logp=torch.zeros(batch.mask.shape, device=batch.mask.device))
+        return Evaluation(**dict.fromkeys(requires | {"logp"}, torch.zeros(batch.mask.shape)))
     if "tempered_logp" in requires and tempered is None:
         raise ConfigError(
             "tempered_logp: needs its temperature, the option 'temperature' of the part that requires it"
@@ -105,7 +105,7 @@ def decoder_and_head(model: Any) -> tuple[nn.Module, nn.Linear]:
     head = whole.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise ConfigError(f"model {type(whole).__name__}: its last layer must be linear and without adapter")
-    if whole.is_activation_checkpointing:
+    if any(getattr(module, "gradient_checkpointing", False) for module in whole.modules()):
         raise ConfigError("gradient checkpointing: switch it off; language.micro_batch_tokens bounds memory")
     return whole.get_decoder(), head
 

@@ -6,6 +6,7 @@ Weights are read from safetensors only, and no code comes with a model.
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from polopt.errors import ConfigError, MissingExtraError
+from polopt.language.evaluation import check_model
 from polopt.language.graders import require
 from polopt.language.tiny import build_tiny
 
@@ -113,7 +115,8 @@ def load_language_model(
         seed: of weights drawn at random: adapters, and models from scratch.
 
     Raises:
-        ConfigError: there is no such model, or none that can be loaded without its own code or from safetensors.
+        ConfigError: there is no such model, or none that can be loaded without its own code and from safetensors, or one
+            that `evaluate_completions` cannot evaluate.
         MissingExtraError: transformers, peft or the package of the weights is not installed.
     """
     require("transformers", f"model = {spec!r}")
@@ -123,6 +126,7 @@ def load_language_model(
         path = smollm2_directory() if spec == SMOLLM2 else _existing(spec)
         load = partial(_load_pretrained, spec, path, dtype)
     model, tokenizer = load()
+    check_model(model)
     if lora:
         model = _adapt(model, lora, seed)
     return LanguageModel(model.eval(), tokenizer, spec, load)
@@ -248,8 +252,10 @@ def _adapt(model: nn.Module, lora: Lora, seed: int) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
-    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, task_type="CAUSAL_LM")
-    with torch.random.fork_rng():
+    alpha: Any = lora.alpha
+    config = LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for what is deprecated there
         torch.manual_seed(seed)
         try:
             return get_peft_model(model, config)

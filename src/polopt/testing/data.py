@@ -57,7 +57,7 @@ class TinyActor:
         mask = batch.mask
         tokens = torch.where(mask, batch.payload["tokens"], 0)
         observation = torch.where(mask[..., None], batch.payload["observation"], 0.0)
-        hidden = self.module["trunk"](observation.to(self.module["policy"].weight))
+        hidden = self.module["trunk"](observation.to(next(self.module.parameters())))
         logits = self.module["policy"](hidden)
         logprobs, at = logits.log_softmax(-1), tokens[..., None]
         found = {
@@ -131,7 +131,8 @@ def random_batch(
     )  # fmt: skip
     for name in sorted(requires & OPTIONAL):
         setattr(batch, name, _field(name, batch, draws))
-    for policy, actor in (("old", TinyActor(0)), ("ref", TinyActor(0, noise=0.3))):
+    policies: dict[Literal["old", "ref"], TinyActor] = {"old": TinyActor(0), "ref": TinyActor(0, noise=0.3)}
+    for policy, actor in policies.items():
         asked = frozenset(name[4:] for name in requires if name.startswith(f"{policy}_")) & EVALUATED
         if asked or policy == "old":
             with torch.no_grad():

@@ -4,12 +4,13 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.gradcheck import GradcheckError, gradcheck
 
-from polopt.batch import Batch
+from polopt.batch import ABSENT, Batch
 from polopt.engine.gradient import backward
 from polopt.engine.seeding import generator
 from polopt.testing import compare
@@ -114,7 +115,7 @@ def missing_rewards_are_defined(subject: Subject) -> None:
             expect(set(step.batch.payload["row"].tolist()) & set(range(len(bad))) == set(), "not dropped:")
     batch = subject.raw()
     batch.rewards = torch.full_like(batch.rewards, torch.nan)
-    batch.step_rewards = None
+    batch.step_rewards = ABSENT
     method = subject.fresh()
     rest = prepared(method, batch)
     expect(len(rest) == 0, "trajectories without any reward are not dropped")
@@ -182,7 +183,7 @@ def padding_does_not_matter(subject: Subject) -> None:
     extra.mask = torch.zeros_like(extra.mask)
     extra.rewards = torch.full_like(extra.rewards, torch.nan)
     extra.group = extra.group.max() + 1000 + torch.arange(2)
-    padded = torch.cat([wide, extra], 0)
+    padded = cast(Batch, torch.cat([wide, extra], 0))  # type: ignore[arg-type]
     method = subject.fresh()
     found = subject.step(method, padded)
     compare.close("loss", found.loss, plain.loss, CLOSE)
@@ -321,8 +322,8 @@ def gradient_is_the_derivative(subject: Subject) -> None:
         if not objective(*inputs).requires_grad:
             return
         try:
-            torch.autograd.gradcheck(objective, inputs, eps=1e-6, atol=1e-6, rtol=1e-4)
-        except torch.autograd.gradcheck.GradcheckError as error:
+            gradcheck(objective, inputs, eps=1e-6, atol=1e-6, rtol=1e-4)
+        except GradcheckError as error:
             problems.append(str(error).split("\n", 1)[0])
         else:
             return  # a kink within 1e-6 of one draw is no fault
