@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -70,6 +71,7 @@ BAD: dict[str, Bad] = {
         {"surrogate": "ppo:dual_clip=1.1"}, ["--surrogate", "ppo:dual_clip=1.1"], ["ppo", "dual_clip", "clip_high"],
     ),
     "transform without estimator": ({"advantage": "adora"}, ["--advantage", "adora"], ["adora", "estimator"]),
+    "no estimator": ({"advantage": []}, [], ["advantage", "estimator"]),
     "two estimators": (
         {"advantage": ["grpo", "rloo"]}, ["--advantage", "grpo", "--advantage", "rloo"], ["advantage rloo", "one"],
     ),
@@ -274,7 +276,7 @@ def test_refusals_come_before_torch_is_imported() -> None:
     needs_torch = {
         "options that contradict", "transform without estimator", "two estimators", "signal that nobody provides",
         "the method's minibatches, fewer rollouts", "task option misspelt", "task option out of range",
-        "more processes than there are", "no such model", "tiny model misspelt",
+        "more processes than there are",
     }  # fmt: skip
     lines = [["train", *flags] for name, (_, flags, _) in BAD.items() if flags and name not in needs_torch]
     program = f"""
@@ -414,3 +416,11 @@ def test_empty_list_takes_out_what_the_recipe_has() -> None:
 def test_unreadable_files_are_refused() -> None:
     with pytest.raises(ConfigError, match="absent"):
         read_toml(Path("absent"))
+
+
+def test_configuration_in_the_documentation_works(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "command_line.md").read_text()
+    (block,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    prepare(configure(tomllib.loads(block))).task.close()
+    for line, answer in re.findall(r"\$ polopt (train \S+ \S+)\n(polopt: .*)\n", page):
+        assert refused(line.split(), [], capsys).startswith(answer.removesuffix("..."))

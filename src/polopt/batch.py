@@ -9,7 +9,7 @@ reference policy: a part that names one of them in its `requires` finds it there
 """
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -208,7 +208,7 @@ def concatenate(batches: list[Batch]) -> Batch:
         batch.group = batch.group + offset
         offset = int(batch.group.max()) + 1 if len(batch) else offset
         joined.append(batch)
-    return torch.cat(joined, 0)
+    return cast(Batch, torch.cat(cast(Any, joined), 0))
 
 
 def _widen(tensor: Tensor, width: int) -> Tensor:

@@ -93,6 +93,13 @@ class RunConfig(Settings):
                     raise ValueError(f"{name}.{key} = {str(value).lower()}: takes no boolean")
         return values
 
+    @field_validator("advantage")
+    @classmethod
+    def _advantage_has_an_estimator(cls, advantage: list[str] | None) -> list[str] | None:
+        if advantage == []:
+            raise ValueError("name an estimator, or leave the field out for the recipe's")
+        return advantage
+
     @field_validator("task_options")
     @classmethod
     def _options_are_plain(cls, options: dict[str, Any]) -> dict[str, Any]:

@@ -43,6 +43,8 @@ class Part(nn.Module):
     """Signals it makes for the parts of other slots."""
     domains: ClassVar[frozenset[str] | None] = None
     """Domains it makes sense on; None: all."""
+    grows: ClassVar[tuple[str, ...]] = ()
+    """Buffers whose size changes while the run goes on."""
     progress: float = 0.0
     """Share of the run that is done, in [0, 1]; set before each iteration."""
     learning_rate: float = 0.0
@@ -73,6 +75,13 @@ class Part(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.name}, {self.config}"
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        for name in self.grows:
+            setattr(self, name, torch.empty_like(state_dict[prefix + name]))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 class Sampler(Part):
@@ -143,10 +152,12 @@ class Advantage(Part):
         raise NotImplementedError
 
 
-class AdvantageTransform(Advantage):
+class AdvantageTransform(Part):
     """An advantage part that changes what an estimator before it found (A -> w A)."""
 
-    def forward(self, batch: Batch, advantages: Float[Tensor, "N T"] | None = None) -> Float[Tensor, "N #T"]:
+    slot = "advantage"
+
+    def forward(self, batch: Batch, advantages: Float[Tensor, "N T"]) -> Float[Tensor, "N #T"]:
         """The changed advantages."""
         raise NotImplementedError
 
@@ -285,7 +296,7 @@ class Method(nn.Module):
     def __init__(
         self,
         *,
-        advantage: Advantage | Sequence[Advantage],
+        advantage: Advantage | Sequence[Advantage | AdvantageTransform],
         surrogate: Surrogate,
         sampler: Sampler | None = None,
         budget: Budget | None = None,
@@ -381,7 +392,9 @@ class Method(nn.Module):
 
     def with_parts(self, **slots: Any) -> Self:
         """The same method with other parts in some slots; slots that take several get a list."""
-        filled = {slot: self.slot(slot) if slot in MANY else getattr(self, slot) for slot in SLOTS} | slots
+        filled: dict[str, Any] = {
+            slot: self.slot(slot) if slot in MANY else getattr(self, slot) for slot in SLOTS
+        } | slots
         changes = [
             f"{slot}={','.join(p.name for p in (f if slot in MANY else [f]))}" for slot, f in slots.items()
         ]
@@ -390,7 +403,8 @@ class Method(nn.Module):
     def _check(self) -> None:
         for slot, base in SLOTS.items():
             for part in self.slot(slot):
-                if not isinstance(part, base):
+                fits = isinstance(part, (base, AdvantageTransform) if slot == "advantage" else base)
+                if not fits:
                     raise ConfigError(f"{slot}: {type(part).__name__} is not a {base.__name__} part")
         estimator, *transforms = self.slot("advantage")
         if isinstance(estimator, AdvantageTransform):

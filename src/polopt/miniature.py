@@ -173,6 +173,6 @@ class SumModActor:
         position = torch.arange(self.length).expand(len(tokens), -1)
         goal = goals[:, None].expand(-1, self.length)
         seen = [one_hot(goal, self.modulus), one_hot(position, self.length), one_hot(before, self.modulus)]
-        net = self._current
+        net: Any = self._current
         hidden = net["trunk"](torch.cat(seen, -1).to(net["policy"].weight))
         return net["policy"](hidden), net["critic"](hidden)[..., 0], hidden

@@ -299,7 +299,7 @@ class Trainer:
 
     def _known(self, batch: Batch, names: frozenset[str]) -> Evaluation | None:
         """The current evaluation, if the batch already holds all of it."""
-        fields = {name: getattr(batch, f"old_{name}", None) for name in names}
+        fields: dict[str, Any] = {name: getattr(batch, f"old_{name}", None) for name in names}
         return None if any(v is None for v in fields.values()) else Evaluation(**fields)
 
     def _teaching_rows(self, batch: Batch) -> Int[Tensor, " n"]:

@@ -69,7 +69,8 @@ def make_batch(lengths=(6, 0, 1, 4, 2, 6, 3, 0, 5), groups=GROUPS, seed=0, width
         group=group,
         prompt_id=group,
         payload=TensorDict(
-            {"prompt": prompts[group], "prompt_length": torch.tensor(PROMPTS)[group], "tokens": tokens}, [rows]
+            {"prompt": prompts[group], "prompt_length": torch.tensor(PROMPTS)[group], "tokens": tokens},
+            [rows],
         ),
         batch_size=[rows],
     )
@@ -100,7 +101,9 @@ def gradients(module, loss):
 
 
 def cotangents(batch, count=2):
-    return torch.randn(count, *batch.mask.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    return torch.randn(
+        count, *batch.mask.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64
+    )
 
 
 def assert_same_gradients(found, expected):
@@ -180,7 +183,9 @@ def test_a_second_backward_pass_gives_the_same_gradients():
 def test_each_prompt_is_computed_once_and_no_padding():
     model, batch = build(), make_batch()
     seen = []
-    model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].numel()))
+    model.get_input_embeddings().register_forward_hook(
+        lambda module, inputs, output: seen.append(inputs[0].numel())
+    )
     evaluate_completions(model, batch, frozenset())
     completions = batch.lengths[batch.lengths > 0] - 1
     prompts = [PROMPTS[group] for group in set(batch.group[batch.lengths > 0].tolist())]
@@ -211,7 +216,10 @@ def test_rows_without_decisions_give_zeros_and_zero_gradients():
     assert torch.equal(evaluation.logp, torch.zeros(9, 6, dtype=torch.float64))
     found = gradients(model, evaluation.logp.sum() + evaluation.entropy.sum())
     assert all((gradient == 0).all() for gradient in found.values())
-    assert evaluate_completions(model, batch[torch.zeros(0, dtype=torch.int64)], frozenset()).logp.shape == (0, 6)
+    assert evaluate_completions(model, batch[torch.zeros(0, dtype=torch.int64)], frozenset()).logp.shape == (
+        0,
+        6,
+    )
 
 
 def test_values_and_their_gradients():
@@ -229,7 +237,9 @@ def test_values_and_their_gradients():
     expected = torch.stack(rows)
     found = evaluate_completions(model, batch, frozenset({"value"}), value_head=critic).value
     torch.testing.assert_close(found, expected, atol=1e-11, rtol=0)
-    assert_same_gradients(gradients(both, (found * weights).sum()), gradients(both, (expected * weights).sum()))
+    assert_same_gradients(
+        gradients(both, (found * weights).sum()), gradients(both, (expected * weights).sum())
+    )
 
 
 def test_squared_norm_of_the_score_is_that_of_the_gradient_of_logp_by_the_policys_logits():
@@ -256,7 +266,9 @@ def test_kept_logits_are_the_largest_and_products_of_features_and_rows_of_the_he
     found = evaluate_completions(model, batch, requires, temperature=0.6, kept=5)
     for row, logits in enumerate(whole_logits(model, batch)):
         expected = (logits[batch.mask[row]] / 0.6).topk(5)
-        torch.testing.assert_close(found.kept_logits[row][batch.mask[row]], expected.values, atol=1e-11, rtol=0)
+        torch.testing.assert_close(
+            found.kept_logits[row][batch.mask[row]], expected.values, atol=1e-11, rtol=0
+        )
         assert torch.equal(found.kept_rows[row][batch.mask[row]], expected.indices)
     products = (model.lm_head.weight[found.kept_rows] @ found.features[..., None])[..., 0]
     torch.testing.assert_close(products[batch.mask], found.kept_logits[batch.mask], atol=1e-11, rtol=0)
@@ -291,7 +303,9 @@ def test_the_model_is_left_as_it_was(fails):
 
 def test_autocast_is_near_float32_and_reductions_stay_float32():
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(CONFIGS["llama"]().from_dict(SIZES | {"initializer_range": 0.05})).eval()
+    model = transformers.LlamaForCausalLM(
+        CONFIGS["llama"]().from_dict(SIZES | {"initializer_range": 0.05})
+    ).eval()
     batch = make_batch()
     exact = evaluate_completions(model, batch, frozenset({"entropy"}))
     expected = gradients(model, exact.logp.sum())

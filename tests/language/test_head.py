@@ -7,7 +7,10 @@ from polopt.language.head import HeadOptions, evaluate_head
 
 def make(states=11, width=4, vocabulary=9, decisions=20, bias=True):
     generator = torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
     hidden, weight = draw(states, width), draw(vocabulary, width)
     state = torch.randint(0, states, (decisions,), generator=generator).sort().values
     action = torch.randint(0, vocabulary, (decisions,), generator=generator)
@@ -91,7 +94,9 @@ def test_no_more_logits_are_held_than_a_chunk_of_them():
     for leaf in (hidden, weight, bias):
         leaf.requires_grad_()
     with Largest() as largest:
-        evaluate_head(hidden, weight, bias, state, action, HeadOptions(chunk=10, entropy=True)).logp.sum().backward()
+        evaluate_head(
+            hidden, weight, bias, state, action, HeadOptions(chunk=10, entropy=True)
+        ).logp.sum().backward()
     assert largest.elements == 10 * 50
 
 
@@ -107,8 +112,8 @@ def test_products_are_bfloat16_under_autocast_and_the_rest_is_float32():
 
 
 def test_no_states_give_empty_results():
-    hidden, weight, bias, _, _ = make(states=0)
-    none = torch.zeros(0, dtype=torch.int64)
-    found = evaluate_head(hidden.requires_grad_(), weight, bias, none, none, HeadOptions(entropy=True, kept=3))
+    hidden, weight, bias, _, _ = make()
+    hidden, none = hidden[:0].requires_grad_(), torch.zeros(0, dtype=torch.int64)
+    found = evaluate_head(hidden, weight, bias, none, none, HeadOptions(entropy=True, kept=3))
     assert found.logp.shape == (0,) and found.kept_logits.shape == (0, 3)
     found.logp.sum().backward()

@@ -41,7 +41,12 @@ def test_norms_are_fused_inside_the_context_alone(dtype, fused):
 
 def test_norms_of_another_form_are_left_alone():
     config = transformers.Gemma2Config(
-        vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, head_dim=4
+        vocab_size=9,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        head_dim=4,
     )
     norm = transformers.Gemma2ForCausalLM(config).model.norm
     hidden = torch.randn(3, 8)

@@ -33,7 +33,7 @@ def check_quickly(config: RunConfig) -> None:
         MissingExtraError: naming the library and how to install it.
     """
     for plugin in config.plugins:
-        if plugin.suffix != ".py" or not plugin.is_file():
+        if plugin.suffix != ".py" or not os.path.isfile(plugin):
             raise ConfigError(f"plugins = '{plugin}': there is no such Python file")
     check_parts(config)
     for tracker in config.trackers:
@@ -49,11 +49,11 @@ def check_folder(out: Path | None) -> None:
     """
     if out is None:
         return
-    if (out / "config.json").exists():
+    if os.path.exists(out / "config.json"):
         raise ConfigError(
             f"out = '{out}': holds a run already; continue it by `polopt resume {out}`, or choose another"
         )
-    if out.exists() and not out.is_dir():
+    if os.path.exists(out) and not os.path.isdir(out):
         raise ConfigError(f"out = '{out}': is a file; choose another folder")
 
 

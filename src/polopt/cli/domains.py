@@ -1,9 +1,10 @@
 """What the command line must know of each domain. A domain is an entry of `DOMAINS` and a section of `RunConfig`."""
 
+import os
+import re
 from collections.abc import Iterator
 from importlib.util import find_spec
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from polopt.config import RunConfig
@@ -25,6 +26,7 @@ KINDS = {
     "python": "python:FILE:FUNCTION",
 }
 """Kinds of language tasks, besides the built-in ones, with the form of their specs."""
+TINY = re.compile(r"tiny:\d+x\d+(:(byte|char))?")
 _WARM_UP_ROWS = 64
 """Examples of a supervised step."""
 
@@ -73,6 +75,7 @@ class LanguageDomain:
         if config.task.startswith("reasoning_gym:"):
             needed["reasoning_gym"] = f"task = {config.task!r}"
         self._require_kind(config.task)
+        self._require_model(config.language.model)
         for module, purpose in needed.items():
             if find_spec(module) is None:
                 raise MissingExtraError(
@@ -83,7 +86,7 @@ class LanguageDomain:
             if kind != "python" and field == "reward":
                 raise ConfigError(f"reward = {spec!r}: write python:FILE:FUNCTION")
             file = {"python": rest.rpartition(":")[0], "jsonl": rest, "dataset": rest}.get(kind)
-            if file is not None and not Path(file).exists():
+            if file is not None and not os.path.exists(file):
                 raise ConfigError(f"{field} = {spec!r}: there is no file {file!r}")
 
     def provides(self) -> frozenset[str]:
@@ -128,6 +131,14 @@ class LanguageDomain:
         kind, _, rest = spec.partition(":")
         if spec not in builtins and (kind not in KINDS or not rest):
             raise ConfigError(f"task = {spec!r}: unknown; {nearest(spec, [*builtins, *KINDS.values()])}")
+
+    def _require_model(self, spec: str) -> None:
+        missing = spec.startswith(("/", "~", ".")) and not os.path.isdir(os.path.expanduser(spec))
+        if missing or (spec.startswith("tiny:") and not TINY.fullmatch(spec)):
+            raise ConfigError(
+                f"language.model = {spec!r}: there is none; allowed: a directory, a hub id, 'smollm2', "
+                "'tiny:LAYERSxWIDTH', 'tiny:LAYERSxWIDTH:char'"
+            )
 
     def _warm_up(self, actor: "LanguageActor", config: RunConfig, task: "LanguageTask") -> None:
         from polopt.engine.seeding import generator

@@ -1,6 +1,7 @@
 """`polopt train` and `polopt resume`."""
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ TITLES = {
     "trainer": "sizes and lengths: [trainer]",
     "language": "language models: [language]",
 }
-MAY_CHANGE = (("trainer", "iterations"), ("trainer", "keep"), ("trainer", "ranks"), ("trackers",))
+MAY_CHANGE = (*(("trainer", name) for name in ("iterations", "keep", "ranks", "sharding")), ("trackers",))
 """Fields that a resumed run may have otherwise than it began with."""
 INTERRUPTED = 130
 
@@ -86,7 +87,7 @@ def read_run(run: Path) -> dict[str, Any]:
     Raises:
         ConfigError: there is no run in the folder.
     """
-    if not (run / "config.json").is_file():
+    if not os.path.isfile(run / "config.json"):
         raise ConfigError(f"{run}: holds no run (no config.json); name the folder that `polopt train` wrote")
     from polopt.engine.run_folder import RunFolder
 

@@ -16,7 +16,7 @@ import fcntl
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -97,13 +97,13 @@ class RunFolder:
         except ValueError as error:
             raise ConfigError(f"{file}: not a JSON object, {error}") from error
 
-    def log_metrics(self, iteration: int, values: dict[str, float | int | str]) -> None:
+    def log_metrics(self, iteration: int, values: Mapping[str, float | int | str]) -> None:
         """Appends one line to `metrics.jsonl`.
 
         Raises:
             ConfigError: if a value is not JSON, or one is called "iteration".
         """
-        self._append("metrics.jsonl", [_json_line(iteration, values)])
+        self._append("metrics.jsonl", [_json_line(iteration, dict(values))])
 
     def log_samples(self, iteration: int, samples: list[dict[str, Any]]) -> None:
         """Appends one line per sample to `samples.jsonl`.

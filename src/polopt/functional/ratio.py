@@ -38,7 +38,10 @@ def clipped_surrogate(
     clip_high: float | Tensor,
 ) -> Float[Tensor, "N T"]:
     """max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)): the PPO loss of each decision (arXiv 1707.06347, eq. 7)."""
-    low, high = (torch.as_tensor(bound).to(ratio) for bound in (1 - clip_low, 1 + clip_high))
+    low, high = (
+        torch.as_tensor(bound, dtype=ratio.dtype, device=ratio.device)
+        for bound in (1 - clip_low, 1 + clip_high)
+    )
     return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(low, high))
 
 

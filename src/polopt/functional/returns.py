@@ -46,5 +46,5 @@ def rewards_to_go(
     rewards: Float[Tensor, "N T"], mask: Bool[Tensor, "N T"], gamma: float = 1.0
 ) -> Float[Tensor, "N T"]:
     """Discounted sum of the rewards from each decision on, 0 outside the mask."""
-    nothing = torch.zeros_like(rewards)
-    return generalized_advantages(rewards, nothing, nothing[:, 0], mask, gamma, 1.0)
+    no_value, no_last = torch.zeros_like(rewards), rewards.new_zeros(len(rewards))
+    return generalized_advantages(rewards, no_value, no_last, mask, gamma, 1.0)

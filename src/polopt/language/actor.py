@@ -175,13 +175,11 @@ class LanguageActor:
         padded = torch.zeros(len(prompts), int(length.max()) if len(prompts) else 0, dtype=torch.int64)
         for row, prompt in zip(padded, prompts, strict=True):
             row[: len(prompt)] = torch.tensor(prompt)
-        truncated = self.sampling.truncates and not plan.heldout
         payload = {"prompt": padded[index], "prompt_length": length[index], "tokens": completions.tokens}
-        return Batch(
+        batch = Batch(
             mask=completions.mask,
             old_logp=completions.logp,
             old_entropy=completions.entropy,
-            sampler_logp=completions.sampler_logp if truncated else None,
             rewards=rewards,
             group=index,
             prompt_id=plan.prompt_ids[index],
@@ -191,6 +189,9 @@ class LanguageActor:
             payload=TensorDict(payload, batch_size=[len(index)]),
             batch_size=[len(index)],
         )
+        if self.sampling.truncates and not plan.heldout:
+            batch.sampler_logp = completions.sampler_logp
+        return batch
 
     def _texts(self, completions: Completions) -> list[str]:
         rows = [

@@ -209,6 +209,7 @@ def _reach(spec: str) -> None:
 
 
 def _load_pretrained(spec: str, source: str | Path, dtype: torch.dtype) -> tuple[nn.Module, Any]:
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
@@ -217,7 +218,7 @@ def _load_pretrained(spec: str, source: str | Path, dtype: torch.dtype) -> tuple
             model = AutoModelForCausalLM.from_pretrained(
                 source, dtype=dtype, trust_remote_code=False, use_safetensors=True
             )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ConfigError(
             f"model = {spec!r}: cannot be loaded as a causal language model: {_first_line(error)}"
         ) from error

@@ -1,4 +1,4 @@
-"""The battery: every law of `polopt.testing.laws`, one result each."""
+"""The battery: a method against every law, one result each."""
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from polopt import registry
 from polopt.errors import PoloptError
 from polopt.method import MANY, AdvantageTransform, Method, Part
+from polopt.testing import laws_of_invariance, laws_of_state, laws_of_values  # noqa: F401 (they fill LAWS)
 from polopt.testing.laws import LAWS, Law
 from polopt.testing.subject import Subject
 

@@ -21,7 +21,8 @@ def values(inputs: Values, params: Values) -> Values:
 
 def tracker(inputs: Values, params: Values) -> Values:
     """Record of one prompt."""
-    return success_rate(inputs["reward_batches"], params["window"], params["min_count"])._asdict()
+    valid, p_hat, seen = success_rate(inputs["reward_batches"], params["window"], params["min_count"])
+    return {"valid": valid, "p_hat": p_hat, "count": seen}
 
 
 def allocation(inputs: Values, params: Values) -> Values:

@@ -109,6 +109,8 @@ class SignalToNoise(Optimizer):
 
     reconstructed = OptimalBaseline.reconstructed
     per_group_gradients = True
+    averages: Tensor
+    updates: Tensor
 
     class Config(Optimizer.Config):
         """Options of the schedule."""

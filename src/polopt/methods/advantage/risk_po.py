@@ -202,6 +202,7 @@ class MixedValueAtRisk(Advantage):
     """Risk-averse advantage of bundles, equations (2) and (3), or the released form."""
 
     requires = frozenset({"bundle", "bundle_set"})
+    quantiles: Tensor
 
     class Config(Settings):
         """Options of the risk measure."""

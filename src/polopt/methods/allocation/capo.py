@@ -176,6 +176,11 @@ class CurvatureFilter(Selection):
     """Masks tokens whose own step would leave the trust region, equations (1) to (6), (9)."""
 
     requires = frozenset({"old_features", "old_kept_logits", "old_kept_rows", "old_action_row"})
+    grows = ("place", "first", "second")
+    place: Tensor
+    first: Tensor
+    second: Tensor
+    steps: Tensor
     reconstructed = "policies other than a softmax over kept logits"
 
     class Config(Settings):
@@ -206,16 +211,10 @@ class CurvatureFilter(Selection):
 
     def forward(self, batch: Batch, draw: Draw) -> Float[Tensor, "N T"]:
         c, moments = self.config, None if self.config.step_model == "sgd" else self._moments()
-        tokens = self._tokens(batch, batch.mask)
-        keep = [
-            accepted(
-                predicted_shifts(*chunk, self.learning_rate, moments),
-                c.tau_objective,
-                c.tau_policy,
-                c.symmetric,
-            )
-            for chunk in zip(*(t.split(c.chunk) for t in tokens), strict=True)
-        ]
+        f, z, rows, action, advantages = (t.split(c.chunk) for t in self._tokens(batch, batch.mask))
+        chunks = zip(f, z, rows, action, advantages, strict=True)
+        rule = (c.tau_objective, c.tau_policy, c.symmetric)
+        keep = [accepted(predicted_shifts(*chunk, self.learning_rate, moments), *rule) for chunk in chunks]
         weights = torch.zeros_like(batch.old_logp)
         weights[batch.mask] = torch.cat(keep).to(weights) if keep else weights[batch.mask]
         return weights
@@ -239,15 +238,10 @@ class CurvatureFilter(Selection):
 
     def _moments(self, rows: int = 0, like: Tensor | None = None) -> Moments:
         place = torch.cat([self.place, torch.full((max(0, rows - len(self.place)),), -1, dtype=torch.int64)])
-        empty = self.first.numel() == 0 and like is not None
-        first = like.new_zeros(0, like.shape[-1]) if empty else self.first
-        second = like.new_zeros(0, like.shape[-1]) if empty else self.second
-        return Moments(place, first, second, int(self.steps))
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name in ("place", "first", "second"):
-            setattr(self, name, torch.empty_like(state_dict[prefix + name]))
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        if like is None or self.first.numel():
+            return Moments(place, self.first, self.second, int(self.steps))
+        none = like.new_zeros(0, like.shape[-1])
+        return Moments(place, none, none, int(self.steps))
 
 
 @register_recipe("capo")

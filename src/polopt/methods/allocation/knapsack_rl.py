@@ -68,8 +68,8 @@ class Record(NamedTuple):
     """Enough rewards were seen."""
     p_hat: float
     """Recent success rate."""
-    count: int
-    """Rewards ever seen."""
+    seen: int
+    """Rewards seen, as far as they are kept."""
 
 
 def success_rate(visits: list[list[float]], window: int = 16, min_count: int = 8) -> Record:

@@ -153,6 +153,10 @@ def uniform_stream(
 class VarianceAware(Sampler):
     """Draws prompts by variance promotion score and uniformly, equations (1) to (9)."""
 
+    grows = ("weights",)
+    weights: Tensor
+    calls: Tensor
+    cursor: Tensor
     reconstructed = "uniform draws when all weights are equal"
     domains = frozenset({"language", "miniature"})
 
@@ -217,10 +221,6 @@ class VarianceAware(Sampler):
         )
         place = torch.argsort(torch.cat([torch.arange(weighted) * 2, torch.arange(uniform) * 2 + 1]))
         return torch.cat([drawn, taken])[place]
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        self.weights = torch.empty_like(state_dict[prefix + "weights"])
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 @register_recipe("mmr1_vas")

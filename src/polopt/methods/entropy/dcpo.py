@@ -65,6 +65,9 @@ class DistributionCentric(AdvantageTransform):
     """Mixes a pull towards a tempered behaviour policy into any advantage, equations (2) to (5), (7)."""
 
     requires = frozenset({"old_tempered_logp"})
+    previous_entropy: Tensor
+    entropy_sum: Tensor
+    entropy_count: Tensor
 
     class Config(Settings):
         """Options of the controller."""

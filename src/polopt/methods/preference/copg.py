@@ -31,8 +31,9 @@ from polopt.batch import Batch, Evaluation
 from polopt.functional.groups import Groups
 from polopt.functional.masked import masked_sum
 from polopt.method import Method, Surrogate
+from polopt.methods.classics.rloo import LeaveOneOut
 from polopt.methods.preference.pairs import pairs_in_groups
-from polopt.registry import make_part, register, register_recipe
+from polopt.registry import register, register_recipe
 from polopt.settings import Settings
 
 
@@ -91,4 +92,4 @@ class ContrastivePairs(Surrogate):
 @register_recipe("copg")
 def copg() -> Method:
     """CoPG at beta 0.1."""
-    return Method(advantage=make_part("advantage", "rloo"), surrogate=ContrastivePairs())
+    return Method(advantage=LeaveOneOut(), surrogate=ContrastivePairs())

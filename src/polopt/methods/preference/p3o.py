@@ -34,8 +34,9 @@ from polopt.batch import Batch, Evaluation
 from polopt.functional.masked import masked_sum
 from polopt.functional.ratio import LOG_RATIO_BOUND
 from polopt.method import Method, Surrogate
+from polopt.methods.classics.rloo import LeaveOneOut
 from polopt.methods.preference.pairs import pairs_in_groups
-from polopt.registry import make_part, register, register_recipe
+from polopt.registry import register, register_recipe
 from polopt.settings import Settings
 
 
@@ -94,6 +95,4 @@ class PairwiseProximal(Surrogate):
 @register_recipe("p3o")
 def p3o() -> Method:
     """P3O-V2 with two minibatches of whole groups."""
-    return Method(
-        advantage=make_part("advantage", "rloo"), surrogate=PairwiseProximal(), defaults={"minibatches": 2}
-    )
+    return Method(advantage=LeaveOneOut(), surrogate=PairwiseProximal(), defaults={"minibatches": 2})

@@ -63,6 +63,7 @@ class RatioVariance(Surrogate):
 
     reconstructed = "dual step (R6) and the constants delta, eta_lambda, lam"
     zero_advantage_is_silent = False
+    multiplier: Tensor
 
     class Config(Surrogate.Config):
         """Options of the constraint."""
