@@ -323,6 +323,7 @@ def test_further_rewards_are_counted_apart(capsys: pytest.CaptureFixture[str]) -
     output = shown(capsys, ["train", *TINY, *rewards, "--advantage", "gdpo", "--out", "run"])
     assert {"reward/exact", "reward/brevity", "reward/broken"} <= read_metrics("run")[0].keys()
     assert "16 reward faults" in output
+    assert "score/brevity" in shown(capsys, ["eval", "run"])
 
 
 def test_methods_lists_every_recipe_and_part(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from polopt.cli import main
 from polopt.cli.building import build, prepare
 from polopt.cli.catalog import Catalog
-from polopt.config import RunConfig, configure, read_toml, to_toml
+from polopt.config import SECTIONS, RunConfig, configure, read_toml, to_toml
 from polopt.errors import ConfigError, MissingExtraError
 
 Bad = tuple[dict[str, Any], list[str], list[str]]
@@ -355,6 +355,27 @@ run_values = st.fixed_dictionaries(
 def test_toml_round_trip(values: dict[str, Any]) -> None:
     config = configure(values)
     assert configure(tomllib.loads(to_toml(config))) == config
+
+
+KEYS = [(key,) for key in RunConfig.model_fields] + [
+    (s, k) for s, m in SECTIONS.items() for k in m.model_fields
+]
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9) | st.dates()
+anything = scalars | st.lists(scalars, max_size=3) | st.dictionaries(text, scalars, max_size=3)
+
+
+@given(st.sampled_from(KEYS), anything, st.booleans())
+def test_any_value_of_any_key_is_accepted_or_refused_in_words(
+    path: tuple[str, ...], value: Any, flag: bool
+) -> None:
+    *table, key = path
+    values = {table[0]: {key: value}} if table else {key: value}
+    try:
+        configure(values, {path: "--flag"} if flag else {}, "run.toml")
+    except ConfigError as error:
+        message = str(error)
+        assert message.startswith(("--flag", f"run.toml: {'.'.join(path)}", f"run.toml: {key}")), message
+        assert len(message) < 1500
 
 
 def test_flags_override_the_file(capsys: pytest.CaptureFixture[str]) -> None:

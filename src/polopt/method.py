@@ -405,7 +405,9 @@ class Method(nn.Module):
             for part in self.slot(slot):
                 fits = isinstance(part, (base, AdvantageTransform) if slot == "advantage" else base)
                 if not fits:
-                    raise ConfigError(f"{slot}: {type(part).__name__} is not a {base.__name__} part")
+                    raise ConfigError(f"{slot}: {type(part).__name__} is no {base.__name__} part")
+        if not self.advantage:
+            raise ConfigError("advantage: the slot is empty; name an estimator")
         estimator, *transforms = self.slot("advantage")
         if isinstance(estimator, AdvantageTransform):
             raise ConfigError(

@@ -19,7 +19,7 @@ def naive_advantages(
     rewards: list[float], values: list[float], last: float, gamma: float, lam: float
 ) -> list[float]:
     """Equation (16) of arXiv 1506.02438, summed out."""
-    following = [*values[1:], last]
+    following = [*values[1:], last][: len(values)]
     delta = [r + gamma * v1 - v for r, v, v1 in zip(rewards, values, following, strict=True)]
     return [sum((gamma * lam) ** k * d for k, d in enumerate(delta[t:])) for t in range(len(delta))]
 

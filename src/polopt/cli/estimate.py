@@ -50,7 +50,7 @@ class Estimate:
         return [
             f"{self.parameters / 1e6:.1f} million parameters, {self.trained / 1e6:.1f} million trained",
             f"memory: about {_amount(sum(self.memory.values()))} GB ({_parts(self.memory, 'GB')})",
-            f"time: about {_amount(sum(self.seconds.values()))} s per iteration ({_parts(self.seconds, 's')})",
+            f"time: at most about {_amount(sum(self.seconds.values()))} s per iteration ({_parts(self.seconds, 's')})",
             *self.assumptions,
         ]
 
@@ -100,7 +100,7 @@ def estimate_language(config: RunConfig, task: "LanguageTask", method: "Method")
         / (rates[compute] * _REACHED[compute]),
     }
     measured = " and ".join(
-        f"{rate / 1e9:.0f} GFLOP/s in {_name(dtype)}, of which {_REACHED[dtype]:.0%} are reached"
+        f"{rate / 1e9:.0f} GFLOP/s in {_name(dtype)}, {100 * _REACHED[dtype]:.0f} % of it assumed to be reached"
         for dtype, rate in rates.items()
     )
     assumptions = [

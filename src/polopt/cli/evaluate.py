@@ -1,12 +1,14 @@
 """`polopt eval`: the held-out score of a checkpoint."""
 
+import os
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from polopt.cli.building import assemble, close, prepare
+from polopt.cli.building import assemble, prepare
 from polopt.cli.flags import Parser, merge
 from polopt.cli.train import read_run
 from polopt.config import RunConfig, configure
@@ -50,16 +52,12 @@ def evaluate(argv: Sequence[str]) -> int:
 def _score(run: Path, description: dict[str, Any], config: RunConfig, iteration: int | None) -> None:
     prepared = prepare(config)
     console = Console()
-    try:
+    with closing(prepared.task):
         state = _load(run, description, iteration, console)
         trainer = assemble(prepared)
-    finally:
-        prepared.task.close()
-    try:
         trainer.load_state_dict(state)
         scores = trainer.score()
-    finally:
-        close(trainer)
+        trainer.ranks.close()
     t = prepared.config.trainer
     prompts = min(t.score_prompts, prepared.task.heldout_size)
     title = f"{run}, iteration {trainer.iteration}: {prompts} held-out prompts x {t.score_rollouts}"
@@ -76,7 +74,7 @@ def _load(run: Path, description: dict[str, Any], iteration: int | None, console
     folder = run / "checkpoints"
     if iteration is not None:
         path = folder / f"iteration-{iteration:06d}"
-        if not path.is_dir():
+        if not os.path.isdir(path):
             there = ", ".join(
                 str(int(p.name.removeprefix("iteration-").partition(".")[0]))
                 for p in checkpoint.checkpoints(folder)

@@ -60,6 +60,7 @@ def build_tiny(spec: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> 
         num_attention_heads=heads,
         num_key_value_heads=heads,
         max_position_embeddings=2048,
+        initializer_range=0.75 * width**-0.5,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,

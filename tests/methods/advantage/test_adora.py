@@ -70,9 +70,7 @@ def test_adora_keeps_zero_sums_signs_and_order_inside_groups(options: dict[str, 
     assert_close(GROUPS.sum(after), torch.zeros(40, dtype=torch.float64), atol=1e-12, rtol=0.0)
     assert torch.equal(after.sign(), before.sign())
     old, new = before.view(40, 5), after.view(40, 5)
-    assert torch.equal(
-        (old[:, :, None] - old[:, None]).sign(), (new[:, :, None] - new[:, None]).sign()
-    )  # fmt: skip
+    assert torch.equal((old[:, :, None] - old[:, None]).sign(), (new[:, :, None] - new[:, None]).sign())
 
 
 def test_adora_scales_the_gradient_of_each_prompt_and_keeps_its_direction() -> None:

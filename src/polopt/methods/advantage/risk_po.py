@@ -75,9 +75,7 @@ def mixed_value_at_risk(
     scores: Float[Tensor, " J"], q_alpha: float | Tensor, q_beta: float | Tensor, omega: float
 ) -> Float[Tensor, " J"]:
     """Equation (2): slope 1 + omega below q_alpha, 1 up to q_beta, 0 beyond; at most 0."""
-    below = (q_alpha - scores).clamp(min=0)
-    middle = (scores - q_alpha).clamp(min=0) - (scores - q_beta).clamp(min=0)
-    return -(1 + omega) * below + middle + q_alpha - q_beta
+    return -(q_beta - scores).clamp(min=0) - omega * (q_alpha - scores).clamp(min=0)
 
 
 def track(
