@@ -55,7 +55,7 @@ class Part(nn.Module):
     class Config(Settings):
         """Options of the part."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, /, **options: Any) -> None:
         super().__init__()
         self.config: Any = self.Config.create(f"{self.slot} {self.name}", **options)
 
@@ -91,7 +91,7 @@ class Sampler(Part):
     max_rounds: int = 1
     """Rollout rounds an iteration may take until enough trajectories are accepted."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, /, **options: Any) -> None:
         super().__init__(**options)
         self.register_buffer("drawn", torch.zeros((), dtype=torch.int64))
 

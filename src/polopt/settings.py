@@ -15,7 +15,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     @classmethod
-    def create(cls, where: str, **options: Any) -> Self:
+    def create(cls, where: str, /, **options: Any) -> Self:
         """Validated settings.
 
         Args:
@@ -28,7 +28,12 @@ class Settings(BaseModel):
         try:
             return cls(**options)
         except ValidationError as error:
-            raise ConfigError(explain(cls, where, error.errors()[0])) from None
+            raise ConfigError(explain(cls, where, _clearest(error.errors()))) from None
+
+
+def _clearest(errors: list[ErrorDetails]) -> ErrorDetails:
+    """An unknown key first: it may be the misspelt name of one that seems missing."""
+    return min(errors, key=lambda error: error["type"] != "extra_forbidden")
 
 
 def nearest(word: str, allowed: list[str]) -> str:

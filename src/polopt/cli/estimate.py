@@ -71,7 +71,7 @@ def estimate_language(config: RunConfig, task: "LanguageTask", method: "Method")
     weights = getattr(torch, c.dtype)
     auto = torch.bfloat16 if parameters > LARGE_MODEL and weights == torch.float32 else weights
     choices = {"auto": auto, "same": weights, "bfloat16": torch.bfloat16}
-    compute, sampling = choices[c.compute], choices[c.sampler]
+    compute, sampling = choices[c.compute_dtype], choices[c.sampler_dtype]
 
     prompt = _prompt_tokens(config, task)
     rows = t.prompts * t.rollouts

@@ -69,6 +69,7 @@ class Record:
         self.description, self.keep, self.ranks = description, keep, ranks
         self.reporters = list(reporters) if ranks.is_main else []
         self.folder: RunFolder | None = None
+        self._saved: int | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -90,6 +91,8 @@ class Record:
                 reporter.start({**self.description, "ranks": self.ranks.describe()}, run.iteration)
                 if self.ranks.world > 1:
                     reporter.message(f"Ranks: {self.ranks.describe()}")
+                if self.folder is not None and self.folder.recovered:
+                    reporter.message(f"The run folder was left by {self.folder.recovered}")
             yield self
 
     def log(self, iteration: int, metrics: dict[str, float], samples: list[dict[str, Any]]) -> None:
@@ -101,9 +104,10 @@ class Record:
             reporter.log(iteration, metrics)
 
     def save(self, run: Resumable) -> None:
-        """A checkpoint. Every rank takes part in gathering the state."""
-        if self.out is None:
+        """A checkpoint, if there is none of this iteration yet. Every rank takes part in gathering the state."""
+        if self.out is None or self._saved == run.iteration:
             return
+        self._saved = run.iteration
         state = run.state_dict()
         if self.folder is not None:
             checkpoint.save(self.folder.checkpoints, state, keep=self.keep, fingerprint=self.fingerprint)
@@ -130,6 +134,7 @@ class Record:
         run.load_state_dict(state)
         if self.folder is not None:
             self.folder.truncate(run.iteration)
+            self.folder.update_config(self.description)
 
 
 def _without_length(description: dict[str, Any]) -> dict[str, Any]:

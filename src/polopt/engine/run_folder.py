@@ -81,6 +81,14 @@ class RunFolder:
             raise ConfigError(
                 f"{self.path}: holds a run already; continue it by `polopt resume`, or choose another --out"
             )
+        self.update_config(config)
+
+    def update_config(self, config: dict[str, Any]) -> None:
+        """Rewrites `config.json` of a run that continues with other lengths.
+
+        Raises:
+            ConfigError: if a value is not JSON.
+        """
         self._replace("config.json", [_json(config, "config")])
 
     def read_config(self) -> dict[str, Any]:

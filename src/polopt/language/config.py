@@ -16,10 +16,10 @@ class LanguageConfig(Settings):
     """Path, hub id, `smollm2` (the packaged weights) or `tiny:LAYERSxWIDTH` (from scratch)."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Precision of the trained weights."""
-    compute: Literal["auto", "same", "bfloat16"] = "auto"
+    compute_dtype: Literal["auto", "same", "bfloat16"] = "auto"
     """Precision of the forward and backward passes: that of the weights, or bfloat16 by autocast. "auto" is bfloat16 for
     float32 weights of more than ten million parameters."""
-    sampler: Literal["auto", "same", "bfloat16"] = "auto"
+    sampler_dtype: Literal["auto", "same", "bfloat16"] = "auto"
     """Precision of the sampler, by the same rule; another than the weights' is corrected for (`sampler_cap`)."""
     lora_rank: int = Field(0, ge=0)
     """Rank of the LoRA adapters that are trained instead of all weights; 0: all weights."""
@@ -54,7 +54,7 @@ class LanguageConfig(Settings):
             )
         if (
             self.dtype != "float32"
-            and "bfloat16" in (self.compute, self.sampler)
+            and "bfloat16" in (self.compute_dtype, self.sampler_dtype)
             and self.dtype != "bfloat16"
         ):
             raise ValueError(

@@ -49,7 +49,7 @@ _HASH_DEPENDENT = frozenset(
 """Generators of reasoning-gym 0.1 whose questions or answers follow the iteration order of sets."""
 
 
-def task_from_spec(spec: str, **options: Any) -> LanguageTask:
+def task_from_spec(spec: str, /, **options: Any) -> LanguageTask:
     """The task that a spec names.
 
     Args:

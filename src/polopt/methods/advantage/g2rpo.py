@@ -208,7 +208,7 @@ class AccuracyFilter(Sampler):
         max_rounds: int = Field(20, ge=1)
         """Rollout rounds until the batch is full."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, /, **options: Any) -> None:
         super().__init__(**options)
         self.max_rounds = self.config.max_rounds
 

@@ -120,7 +120,7 @@ class SignalToNoise(Optimizer):
         lr_min_share: float = Field(0.0, ge=0, le=1)
         """Smallest share of the run's learning rate."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, /, **options: Any) -> None:
         super().__init__(**options)
         self.register_buffer("averages", torch.zeros(2, dtype=torch.float64))
         self.register_buffer("updates", torch.zeros((), dtype=torch.float64))

@@ -230,7 +230,7 @@ class MixedValueAtRisk(Advantage):
                 raise ValueError(f"alpha = {self.alpha} must be below beta = {self.beta}")
             return self
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, /, **options: Any) -> None:
         super().__init__(**options)
         self.register_buffer("quantiles", torch.full((2,), torch.nan, dtype=torch.float64))
 

@@ -199,7 +199,7 @@ class CurvatureFilter(Selection):
         chunk: int = Field(256, ge=1)
         """Tokens whose steps are predicted at once; bounds memory, never changes the result."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, /, **options: Any) -> None:
         super().__init__(**options)
         self.register_buffer("place", torch.zeros(0, dtype=torch.int64))
         self.register_buffer("first", torch.zeros(0, 0))

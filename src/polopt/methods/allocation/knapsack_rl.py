@@ -215,7 +215,7 @@ class KnapsackBudget(Budget):
         success: float = 1.0
         """Outcome from which a rollout counts as a success."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, /, **options: Any) -> None:
         super().__init__(**options)
         self.visits: dict[int, list[list[float]]] = {}
 

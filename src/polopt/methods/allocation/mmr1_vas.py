@@ -182,7 +182,7 @@ class VarianceAware(Sampler):
         success: float = 1.0
         """Value of the first reward from which a rollout counts as correct."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, /, **options: Any) -> None:
         super().__init__(**options)
         self.register_buffer("weights", torch.zeros(0, dtype=torch.float64))
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))

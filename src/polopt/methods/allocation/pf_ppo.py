@@ -175,7 +175,7 @@ class PolicyFiltration(Selection):
         skip_ties: bool = False
         """Drop prompts whose rewards are all equal."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, /, **options: Any) -> None:
         super().__init__(**options)
         self.before_advantage = self.config.whiten == "after"
 

@@ -59,7 +59,7 @@ class DynamicSampling(Sampler):
         rounds: int = Field(8, ge=1)
         """Most rollout rounds of an iteration; what is missing then stays missing."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, /, **options: Any) -> None:
         super().__init__(**options)
         self.max_rounds = self.config.rounds
 

@@ -47,7 +47,7 @@ class RewardBaseline(Advantage):
     average: Tensor
     iterations: Tensor
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, /, **options: Any) -> None:
         super().__init__(**options)
         self.register_buffer("average", torch.zeros((), dtype=torch.float64))
         self.register_buffer("iterations", torch.zeros((), dtype=torch.int64))

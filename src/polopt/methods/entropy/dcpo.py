@@ -83,7 +83,7 @@ class DistributionCentric(AdvantageTransform):
         positive_threshold: float = 0.05
         """Outcomes above it are successes."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, /, **options: Any) -> None:
         super().__init__(**options)
         for name in ("previous_entropy", "entropy_sum", "entropy_count"):
             self.register_buffer(name, torch.zeros((), dtype=torch.float64))

@@ -75,7 +75,7 @@ class RatioVariance(Surrogate):
         eta_lambda: float = Field(0.5, ge=0)
         """Step of the multiplier per update; 0 keeps it fixed."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, /, **options: Any) -> None:
         super().__init__(**options)
         self.register_buffer("multiplier", torch.tensor(self.config.lam, dtype=torch.float64))
 
