@@ -12,14 +12,13 @@ A part is written as its name with options, `"ppo:clip_high=0.28,dual_clip=3"`, 
 import importlib
 import importlib.metadata
 import pkgutil
-import tomllib
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, TypeVar
 
 from polopt.errors import ConfigError
 from polopt.method import MANY, SLOTS, Method, Part
-from polopt.settings import nearest
+from polopt.settings import nearest, parse_options
 
 P = TypeVar("P", bound=type[Part])
 Recipe = Callable[[], Method]
@@ -127,21 +126,8 @@ def make_part(slot: str, spec: str) -> Part:
     """
     name, _, text = spec.partition(":")
     if name == "default":
-        return SLOTS[slot](**_options(spec, text))
+        return SLOTS[slot](**parse_options(spec, text))
     known = parts(slot)
     if name not in known:
         raise ConfigError(f"{slot} = {name!r}: unknown; {nearest(name, list(known))}")
-    return known[name](**_options(spec, text))
-
-
-def _options(spec: str, text: str) -> dict[str, Any]:
-    options: dict[str, Any] = {}
-    for item in filter(None, text.split(",")):
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise ConfigError(f"{spec!r}: {item!r} is not key=value; write name:key=value,key=value")
-        try:
-            options[key.strip()] = tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError:
-            options[key.strip()] = value.strip()
-    return options
+    return known[name](**parse_options(spec, text))

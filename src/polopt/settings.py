@@ -1,5 +1,6 @@
 """Validated settings: frozen, no unknown keys, and a bad value is one line that names field, value and remedy."""
 
+import tomllib
 from difflib import get_close_matches
 from typing import Any, Self
 
@@ -40,6 +41,24 @@ def nearest(word: str, allowed: list[str]) -> str:
     """The words to choose from, with the nearest one first if any is near."""
     close = get_close_matches(word, allowed, 1, cutoff=0.5)
     return (f"did you mean {close[0]!r}? " if close else "") + f"allowed: {', '.join(allowed) or 'none'}"
+
+
+def parse_options(spec: str, text: str) -> dict[str, Any]:
+    """The options of a part's spec: values as in TOML, and what is not TOML as text.
+
+    Raises:
+        ConfigError: an option is not KEY=VALUE.
+    """
+    options: dict[str, Any] = {}
+    for item in filter(None, text.split(",")):
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise ConfigError(f"{spec!r}: {item!r} is not key=value; write name:key=value,key=value")
+        try:
+            options[key.strip()] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            options[key.strip()] = value.strip()
+    return options
 
 
 def explain(model: type[BaseModel], where: str, error: ErrorDetails) -> str:

@@ -5,7 +5,6 @@ refused without that; what is left for the registry is what a part's own validat
 """
 
 import ast
-import tomllib
 from functools import cache, cached_property, reduce
 from importlib.metadata import entry_points
 from operator import or_
@@ -17,7 +16,7 @@ from pydantic import Field, ValidationError, create_model
 import polopt
 from polopt.config import SLOTS, RunConfig
 from polopt.errors import ConfigError
-from polopt.settings import Settings, explain, nearest
+from polopt.settings import Settings, explain, nearest, parse_options
 
 PACKAGE = Path(polopt.__file__).parent
 WITH_DEFAULT = ("sampler", "budget", "selection", "optimizer")
@@ -49,24 +48,6 @@ def check_parts(config: RunConfig) -> None:
                 settings(**parse_options(spec, text))
             except ValidationError as error:
                 raise ConfigError(explain(settings, f"{slot} {name}", error.errors()[0])) from None
-
-
-def parse_options(spec: str, text: str) -> dict[str, Any]:
-    """The options of a part's spec: values as in TOML, and what is not TOML as text.
-
-    Raises:
-        ConfigError: an option is not KEY=VALUE.
-    """
-    options: dict[str, Any] = {}
-    for item in filter(None, text.split(",")):
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise ConfigError(f"{spec!r}: {item!r} is not key=value; write name:key=value,key=value")
-        try:
-            options[key.strip()] = tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError:
-            options[key.strip()] = value.strip()
-    return options
 
 
 @cache
