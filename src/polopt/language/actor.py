@@ -4,6 +4,7 @@ import hashlib
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -141,14 +142,16 @@ class LanguageActor:
         with torch.autocast(
             "cpu", torch.bfloat16, enabled=self.compute_dtype != getattr(torch, self.config.dtype)
         ):
-            return evaluate_completions(
+            found = evaluate_completions(
                 self.model,
                 batch,
-                requires,
+                requires - {"action_row"},
                 temperature=self.config.temperature,
+                tempered=options.get("temperature"),
+                kept=options.get("kept"),
                 value_head=dict(self.module.items()).get("critic"),
-                **options,
             )
+        return replace(found, action_row=batch.payload["tokens"]) if "action_row" in requires else found
 
     def micro_batches(self, batch: Batch) -> list[Int[Tensor, " n"]]:
         """Rows in pieces of at most `micro_batch_tokens`, prompts shared inside a piece."""
