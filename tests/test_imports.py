@@ -29,6 +29,7 @@ ALLOWED = {
     "trainer_config": {"settings"},
     "trainer": DOMAIN | {"method", "trainer_config"},
     "miniature": DOMAIN,
+    "miniature_config": {"settings"},
     "language": DOMAIN,
     "control": DOMAIN,
     "diffusion": DOMAIN,

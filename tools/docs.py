@@ -18,6 +18,7 @@ from mkdocs.structure.files import File, Files
 
 SOURCE = Path(__file__).parents[1] / "src"
 DIRECTIVE = re.compile(r"^( *)\.\. math::[ \t]*\n((?:\1[ \t]+\S.*\n?|[ \t]*\n(?=\1[ \t]+\S))+)", re.MULTILINE)
+ROLE = re.compile(r":math:`([^`]+)`")
 ARITHMATEX = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 
 
@@ -71,12 +72,17 @@ def on_page_content(content: str, **_: Any) -> str:
 
 
 class Equations(Extension):
-    """Turns the `.. math::` blocks of docstrings into `$$` blocks."""
+    """Turns the equations of docstrings into markdown's."""
 
     def on_instance(self, *, obj: Object, **_: Any) -> None:
         """Called for each object that has been read."""
         if obj.docstring:
-            obj.docstring.value = DIRECTIVE.sub(_dollars, obj.docstring.value)
+            obj.docstring.value = equations_in_markdown(obj.docstring.value)
+
+
+def equations_in_markdown(text: str) -> str:
+    """`.. math::` blocks as `$$` blocks, :math: roles between `$`."""
+    return ROLE.sub(lambda role: f"${' '.join(role[1].split())}$", DIRECTIVE.sub(_dollars, text))
 
 
 def _dollars(match: re.Match[str]) -> str:

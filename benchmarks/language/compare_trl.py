@@ -1,6 +1,6 @@
 """polopt and TRL's GRPOTrainer side by side: same model, prompts, sizes, stop rules and update.
 
-    python benchmarks/language/compare_trl.py --steps 7 --out benchmarks/results/trl.json
+    python benchmarks/language/compare_trl.py --model DIR --out benchmarks/results/language_trl.json
 
 Each library runs in a process of its own; steps alternate, so that whatever else the machine does meets both alike. The
 first steps of each are warm-up and left out. TRL runs in its best configuration here: bfloat16 autocast, no gradient
@@ -97,9 +97,9 @@ def main() -> None:
         results[scenario] = compare(scenario, options.model, options.steps)
         ratios = results[scenario]["ratios"]
         print(f"{scenario}: " + ", ".join(f"{name} {ratio:.2f}x" for name, ratio in ratios.items()))
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(results, indent=1) + "\n")
+        if options.out:
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

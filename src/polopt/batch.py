@@ -43,6 +43,8 @@ class Batch(TensorClass):
     """Entropy of the behaviour policy at each decision."""
     old_value: Float[Tensor, "N T"] = ABSENT
     """The critic's prediction of the return from each decision on, when the trajectory was made."""
+    old_median: Float[Tensor, "N T"] = ABSENT
+    """The critic's smoothed median of the return from each decision on, when the trajectory was made."""
     last_value: Float[Tensor, " N"] = ABSENT
     """The critic's value of the state after the last decision: the bootstrap of a truncated trajectory."""
     ref_logp: Float[Tensor, "N T"] = ABSENT
@@ -61,6 +63,12 @@ class Batch(TensorClass):
     """Canonical id of the final answer: equal integers inside a group are equal answers; -1 is no answer."""
     policy_version: Int[Tensor, " N"] = ABSENT
     """Iteration whose policy made the trajectory."""
+    state_action: Float[Tensor, "N T F"] = ABSENT
+    """Observation and action of each decision as numbers: what an occupancy measure is of."""
+    scores: Float[Tensor, "N 1 n"] = ABSENT
+    """Gradient of the sum of the trajectory's log-probabilities with respect to the n trained parameters."""
+    decision_scores: Float[Tensor, "N T n"] = ABSENT
+    """The same of each decision's log-probability."""
 
     advantages: Float[Tensor, "N T"] = ABSENT
     """Filled by the advantage slot. Constant for the gradient."""
@@ -83,7 +91,7 @@ class Batch(TensorClass):
         """Total reward of each trajectory, float64: rewards that are finite (others count 0) plus rewards per decision."""
         total = self.rewards.double().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).sum(-1)
         if self.step_rewards is not None:
-            total = total + torch.where(self.mask, self.step_rewards.double(), 0.0).sum(-1)
+            total = total + torch.where(self.mask, self.step_rewards, 0.0).sum(-1, dtype=torch.float64)
         return total
 
     def signal(self, name: str) -> Tensor:
@@ -111,12 +119,29 @@ class Batch(TensorClass):
             else:
                 self.set_signal(field, tensor)
 
+    def take(self, rows: Int[Tensor, " n"]) -> Self:
+        """Some rows; the batch itself where these are all of them in order."""
+        whole = len(rows) == len(self) and bool((rows[1:] > rows[:-1]).all())
+        return self if whole else self[rows]
+
+    def decisions(self) -> "Batch":
+        """The decisions that count, each as a row of its own, [D, 1].
+
+        What a row has as a whole goes with each of them; of the payload only what belongs to decisions is kept.
+        """
+        row, column = self.mask.nonzero(as_tuple=True)
+        steps = self.mask.shape[1]
+        picked: dict[str, Tensor] = {}
+        for path, tensor in self.to_tensors().items():
+            if path != "rewards" and tensor.dim() > 1 and tensor.shape[1] == steps:
+                picked[path] = tensor[row, column][:, None]
+            elif not path.startswith("payload."):
+                picked[path] = tensor[row]
+        return Batch.from_tensors(picked)
+
     def to_tensors(self) -> dict[str, Tensor]:
         """All tensors by path, for a checkpoint."""
-        return {
-            ".".join(key) if isinstance(key, tuple) else key: tensor
-            for key, tensor in self.items(include_nested=True, leaves_only=True)
-        }
+        return {_path(key): tensor for key, tensor in self.items(include_nested=True, leaves_only=True)}
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> Self:
@@ -147,6 +172,10 @@ class Evaluation:
     """Exact entropy of the distribution the decision was drawn from."""
     value: Float[Tensor, "N T"] = ABSENT
     """The critic's prediction of the return from the decision on."""
+    median: Float[Tensor, "N T"] = ABSENT
+    """The critic's smoothed median of the return from the decision on."""
+    kl: Float[Tensor, "N T"] = ABSENT
+    """Exact divergence KL(policy || behaviour policy) between the distributions that the decision is drawn from."""
     score_sqnorm: Float[Tensor, "N T"] = ABSENT
     """Squared norm of the gradient of `logp` with respect to the logits: 1 - 2 p(a) + sum_v p(v)^2. No gradient."""
     tempered_logp: Float[Tensor, "N T"] = ABSENT
@@ -184,6 +213,11 @@ class Evaluation:
 
 EVALUATED = frozenset(f.name for f in fields(Evaluation))
 """Names of what an actor may be asked to evaluate."""
+
+
+def _path(key: str | tuple[str, ...]) -> str:
+    """The name of a tensor inside a batch."""
+    return ".".join(key) if isinstance(key, tuple) else key
 
 
 def concatenate(batches: list[Batch]) -> Batch:

@@ -18,14 +18,29 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
+from polopt.control.config import ControlConfig
 from polopt.engine.tracking import TRACKERS
 from polopt.errors import ConfigError
 from polopt.language.config import LanguageConfig
+from polopt.miniature_config import MiniatureConfig
 from polopt.settings import Settings, explain, nearest
 from polopt.trainer_config import TrainerConfig
 
-SECTIONS: dict[str, type[Settings]] = {"trainer": TrainerConfig, "language": LanguageConfig}
+SECTIONS: dict[str, type[Settings]] = {
+    "trainer": TrainerConfig,
+    "language": LanguageConfig,
+    "control": ControlConfig,
+    "miniature": MiniatureConfig,
+}
 """Tables of a configuration file. Besides the trainer's there is one for each domain."""
+DOMAIN_DEFAULTS: dict[str, dict[str, Any]] = {
+    "miniature": {"task": "miniature:mixed", "trainer": {"lr": 0.03}},
+    "control": {
+        "task": "CartPole-v1",
+        "trainer": {"lr": 3e-4, "iterations": 50, "max_grad_norm": 0.5, "score_prompts": 16},
+    },
+}
+"""By domain: defaults that are other than those of the fields."""
 MANY_SLOTS = ("shaping", "advantage", "regularizers")
 SLOTS = ("sampler", "budget", "selection", "surrogate", "optimizer", *MANY_SLOTS)
 _SHOWN = 80
@@ -40,7 +55,7 @@ SeveralOrNone = Annotated[list[str] | None, _listed]
 class RunConfig(Settings):
     """What is trained, on what, by which method."""
 
-    domain: Literal["language"] = "language"
+    domain: Literal["language", "control", "miniature"] = "language"
     """What the policy acts on."""
     method: str = "grpo"
     """Recipe: a published method, see `polopt methods`."""
@@ -61,7 +76,7 @@ class RunConfig(Settings):
     optimizer: str | None = None
     """Optimizer, in place of the recipe's."""
     task: str = "builtin:largest"
-    """Task: builtin:NAME, reasoning_gym:NAME, jsonl:FILE, dataset:DIR or python:FILE:FUNCTION; see `polopt tasks`."""
+    """Task: builtin:NAME, reasoning_gym:NAME, jsonl:FILE, dataset:DIR, python:FILE:FUNCTION or miniature:NAME; see `polopt tasks`."""
     task_options: dict[str, Any] = Field(default_factory=dict)
     """Options of the task; `polopt tasks --json` lists them."""
     reward: Several = Field(default_factory=list)
@@ -76,11 +91,25 @@ class RunConfig(Settings):
     """Sizes and lengths."""
     language: LanguageConfig = LanguageConfig.create("language")
     """Model and sampling."""
+    control: ControlConfig = ControlConfig.create("control")
+    """Policy over the actions of an environment."""
+    miniature: MiniatureConfig = MiniatureConfig()
+    """The small network of the miniature tasks."""
 
     @property
     def slots(self) -> dict[str, Any]:
         """The slots that are filled with other parts than the recipe's."""
         return {slot: filling for slot in SLOTS if (filling := getattr(self, slot)) is not None}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_domain(cls, values: Any) -> Any:
+        domain = values.get("domain") if isinstance(values, dict) else None
+        defaults = DOMAIN_DEFAULTS.get(domain, {}) if isinstance(domain, str) else {}
+        for name, default in defaults.items():
+            given = values.get(name, {} if isinstance(default, dict) else default)
+            values = {**values, name: {**default, **given} if isinstance(given, dict) else given}
+        return values
 
     @model_validator(mode="before")
     @classmethod
@@ -131,7 +160,7 @@ class RunConfig(Settings):
             raise ValueError(
                 f"language.warm_up = {self.language.warm_up}: a warm-up is of all weights; set language.lora_rank = 0"
             )
-        if t.minibatches > t.prompts * t.rollouts:
+        if t.minibatches > t.prompts * t.rollouts and self.domain != "control":
             raise ValueError(
                 f"trainer.minibatches = {t.minibatches}: more than the rollouts of an iteration, "
                 f"prompts * rollouts = {t.prompts * t.rollouts}"
@@ -177,10 +206,15 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not a TOML file, {error}") from None
 
 
-def to_toml(config: RunConfig) -> str:
-    """The configuration as a TOML file that `polopt train` takes; fields that are None are left out."""
-    values = config.model_dump(mode="json", exclude_none=True)
-    tables = {name: values.pop(name) for name in ("task_options", *SECTIONS)}
+def to_toml(config: RunConfig, only_set: bool = False) -> str:
+    """The configuration as a TOML file that `polopt train` takes.
+
+    Args:
+        config: the configuration. Fields that are None are left out.
+        only_set: leave out the fields that nobody has set, so that a method's own defaults still count.
+    """
+    values = config.model_dump(mode="json", exclude_none=True, exclude_unset=only_set)
+    tables = {name: values.pop(name, {}) for name in ("task_options", *SECTIONS)}
     blocks = [_toml_lines(values)]
     blocks += [[f"[{name}]", *_toml_lines(table)] for name, table in tables.items() if table]
     return "\n\n".join("\n".join(block) for block in blocks) + "\n"

@@ -1,6 +1,6 @@
 """What a domain gives to the trainer: a `Task` that measures outcomes and an `Actor` that acts and evaluates.
 
-These are protocols: a domain's classes need not inherit from them.
+These are protocols: a domain's classes need not inherit from them, but may, for what has a default.
 """
 
 from collections.abc import Mapping
@@ -61,6 +61,14 @@ class Task(Protocol):
     train_size: int
     heldout_size: int
 
+    def state_dict(self) -> dict[str, Any]:
+        """What it must remember to go on after an interrupt, beyond what counters give."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from where `state_dict` was taken."""
+        return
+
     def close(self) -> None:
         """Release whatever the task holds."""
         ...
@@ -74,6 +82,9 @@ class Actor(Protocol):
     """Evaluation fields it can compute and optional batch fields its rollouts carry."""
     exact_sampler: bool
     """The rollout's log-probabilities are those of `evaluate` up to float error of the same precision."""
+
+    independent_decisions: bool
+    """Given the payload, `evaluate` sees each decision alone, so that a row may hold any one of them."""
 
     @property
     def module(self) -> nn.Module:
@@ -94,6 +105,13 @@ class Actor(Protocol):
 
     def reference(self) -> AbstractContextManager[None]:
         """Inside it, `evaluate` is the reference policy's."""
+        ...
+
+    def observe(self, batch: Batch) -> dict[str, float]:
+        """Called once an iteration, after its updates, with the whole batch as it was collected.
+
+        The place where running statistics are updated; returns what the domain reports of the batch.
+        """
         ...
 
     def score(self, task: Any, batch: Batch) -> dict[str, float]:

@@ -12,6 +12,7 @@ A part is registered by name in its slot and a recipe, which is a paper's whole 
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
@@ -22,11 +23,13 @@ from torch import Tensor, nn
 from polopt.batch import EVALUATED, Batch, Evaluation
 from polopt.errors import ConfigError
 from polopt.functional.aggregation import Aggregation, Denominator, aggregation_weights
-from polopt.functional.masked import zero_outside
+from polopt.functional.masked import given_to_decisions, zero_outside
 from polopt.settings import Settings
 
 Draw = Callable[[str], torch.Generator]
 """Gives the generator of a named stream of this iteration: the only source of randomness a part may use."""
+HessianProduct = Callable[[Sequence[Tensor]], list[Tensor]]
+"""Estimates, from a further rollout at the present parameters, the loss's Hessian times a direction; per parameter."""
 
 
 class Part(nn.Module):
@@ -262,6 +265,24 @@ class Optimizer(Part):
         """Share of the learning rate, from sum |g_p|^2 and |mean g|^2 of the groups' gradients before clipping."""
         return 1.0
 
+    averages_rollouts: ClassVar[bool] = False
+    """It averages the gradients of rollouts: one update of each, with its gradient as it is (not clipped, and 0 where no
+    trajectory teaches)."""
+    second_rollout: ClassVar[bool] = False
+    """It asks for Hessian-vector products."""
+
+    def at_rollout(self, optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
+        """Inside it the parameters are those at which the next rollout is made, and its gradient taken.
+
+        Scores, checkpoints and the step itself are outside.
+        """
+        return nullcontext()
+
+    def correct_gradient(
+        self, optimizer: torch.optim.Optimizer, hessian_product: HessianProduct, draw: Draw
+    ) -> None:
+        """Called before each step, with the loss's gradient in the parameters' `.grad`, which it may change."""
+
     def build(self, parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
         """The optimizer of these parameters."""
         c = self.config
@@ -352,6 +373,12 @@ class Method(nn.Module):
         rows = self.surrogate.coupling in ("decision", "sequence")
         return rows and all(cast(Regularizer, r).separable for r in self.regularizers)
 
+    @property
+    def decision_wise(self) -> bool:
+        """The loss is a mean over decisions, each of which may stand alone."""
+        alone = self.surrogate.coupling == "decision" and self.surrogate.config.aggregation == "token_mean"
+        return alone and self.separable
+
     def evaluation_options(self) -> dict[str, Any]:
         """The parts' options for the actor's evaluation."""
         return {key: value for part in self.parts for key, value in part.evaluation_options().items()}
@@ -384,7 +411,9 @@ class Method(nn.Module):
 
     def objective(self, evaluation: Evaluation, batch: Batch) -> Float[Tensor, ""]:
         """The loss of a minibatch as a function of the current policy's view of it; the batch is constant."""
-        evaluation, batch = evaluation.where(batch.mask), batch.detach()
+        evaluation = evaluation.where(batch.mask)
+        if any(tensor.requires_grad for tensor in batch.values(True, True)):
+            batch = batch.detach()
         loss = self.surrogate(evaluation, batch)
         for regularizer in self.regularizers:
             loss = loss + regularizer(evaluation, batch)
@@ -440,4 +469,7 @@ def _with_finite_rewards(batch: Batch) -> Batch:
 
 
 def _per_decision(values: Tensor, batch: Batch) -> Float[Tensor, "N T"]:
-    return zero_outside(values.to(batch.old_logp).expand(batch.mask.shape), batch.mask).contiguous()
+    values = values.to(batch.old_logp)
+    if values.shape[1] == 1:
+        return given_to_decisions(values, batch.mask)
+    return zero_outside(values, batch.mask).contiguous()

@@ -24,7 +24,7 @@ P = TypeVar("P", bound=type[Part])
 Recipe = Callable[[], Method]
 
 _parts: dict[str, dict[str, type[Part]]] = {slot: {} for slot in SLOTS}
-_recipes: dict[str, Recipe] = {}
+_recipes: dict[str, dict[str | None, Recipe]] = {}
 
 
 def register(name: str) -> Callable[[P], P]:
@@ -45,11 +45,14 @@ def register(name: str) -> Callable[[P], P]:
     return decorate
 
 
-def register_recipe(name: str) -> Callable[[Recipe], Recipe]:
-    """Function decorator: calling the function makes the method known under `name`."""
+def register_recipe(name: str, domain: str | None = None) -> Callable[[Recipe], Recipe]:
+    """Function decorator: calling the function makes the method known under `name`; on `domain` alone, if one is named.
+
+    A recipe may have a form for all domains, and forms of its own for some.
+    """
 
     def decorate(recipe: Recipe) -> Recipe:
-        _recipes[name] = recipe
+        _recipes.setdefault(name, {})[domain] = recipe
         return recipe
 
     return decorate
@@ -73,16 +76,23 @@ def parts(slot: str) -> dict[str, type[Part]]:
 
 
 def recipes() -> dict[str, Recipe]:
-    """All recipes by name."""
+    """All recipes by name, in their form for all domains if there is one."""
     load_all()
-    return dict(sorted(_recipes.items()))
+    return {name: forms.get(None, next(iter(forms.values()))) for name, forms in sorted(_recipes.items())}
 
 
-def recipe(name: str, **slots: Any) -> Method:
+def recipe_domains(name: str) -> frozenset[str] | None:
+    """The domains that a recipe is for; None: all."""
+    load_all()
+    return None if None in _recipes[name] else frozenset(map(str, _recipes[name]))
+
+
+def recipe(name: str, domain: str | None = None, **slots: Any) -> Method:
     """A published method, with other parts in some slots.
 
     Args:
         name: name of the recipe.
+        domain: of the actor, for methods that have a form of their own there.
         **slots: for a slot a part, its name with options ("etr:alpha=0.3"), or several of these where a slot takes
             several.
 
@@ -96,7 +106,10 @@ def recipe(name: str, **slots: Any) -> Method:
     known = recipes()
     if name not in known:
         raise ConfigError(f"method = {name!r}: unknown; {nearest(name, list(known))}")
-    method = known[name]()
+    domains = recipe_domains(name)
+    if domain and domains and domain not in domains:
+        raise ConfigError(f"method = {name!r}: works on {', '.join(sorted(domains))}, not on {domain}")
+    method = _recipes[name].get(domain, known[name])()
     method.name = name
     if unknown := sorted(set(slots) - set(SLOTS)):
         raise ConfigError(f"slot {unknown[0]!r}: unknown; {nearest(unknown[0], list(SLOTS))}")

@@ -7,6 +7,7 @@
 Every draw is seeded by (run seed, stream, iteration), so a run that is killed and resumed continues bit for bit.
 """
 
+import math
 import signal
 import threading
 import time
@@ -24,15 +25,17 @@ from polopt.batch import EVALUATED, Batch, Evaluation, concatenate
 from polopt.domain import Actor, Plan, Rollout, Task
 from polopt.engine import diagnostics
 from polopt.engine.diagnostics import Metrics
-from polopt.engine.gradient import Backward, backward, evaluate_rows
+from polopt.engine.gradient import DIFFERENTIABLE, Backward, backward, evaluate_rows
 from polopt.engine.group_gradients import backward_by_group
+from polopt.engine.hessian import hessian_product
 from polopt.engine.minibatches import minibatches
 from polopt.engine.optimization import FiniteGuard, learning_rate
 from polopt.engine.ranks import Ranks
 from polopt.engine.record import Record, Reporter
+from polopt.engine.scores import SCORES, check_scores, score_vectors
 from polopt.engine.seeding import generator
 from polopt.errors import ConfigError
-from polopt.method import Method
+from polopt.method import Draw, Method
 from polopt.trainer_config import TrainerConfig
 
 
@@ -122,10 +125,13 @@ class Trainer:
             group["lr"] = lr
         for part in self.method.parts:
             part.progress, part.learning_rate = self.iteration / max(1, self.config.iterations - 1), lr
-        rollout = self._collect()
-        metrics = dict(rollout.metrics) | diagnostics.describe_rollout(rollout.batch, self.task.reward_names)
-        started = time.perf_counter()
-        batch = self.method.prepare(self._with_evaluations(rollout.batch), self._draw)
+        with self.method.optimizer.at_rollout(self.optimizer):
+            rollout = self._collect(self._draw)
+            metrics = dict(rollout.metrics) | diagnostics.describe_rollout(
+                rollout.batch, self.task.reward_names
+            )
+            started = time.perf_counter()
+            batch = self.method.prepare(self._with_evaluations(rollout.batch), self._draw)
         metrics |= diagnostics.describe_advantages(batch) | {"time/prepare": time.perf_counter() - started}
         started = time.perf_counter()
         steps = self._update(batch) if len(batch) else []
@@ -134,6 +140,7 @@ class Trainer:
         metrics["time/update"] = time.perf_counter() - started
         for part in self.method.parts:
             part.observe(batch)
+        metrics |= self.actor.observe(rollout.batch)
         self.iteration += 1
         return metrics, rollout.samples
 
@@ -153,6 +160,7 @@ class Trainer:
             "optimizer": optimizer,
             "method": dict(self.method.state_dict()),
             "replay": {str(i): batch.to_tensors() for i, batch in enumerate(self.replayed)},
+            "task": self.task.state_dict(),
             "trainer": {
                 "before": self.before,
                 "skipped": self.guard.skipped,
@@ -166,18 +174,19 @@ class Trainer:
         self.ranks.load_full_state(self.actor.module, self.optimizer, state["model"], state["optimizer"])
         self.method.load_state_dict(state["method"])
         self.replayed = [Batch.from_tensors(tensors) for tensors in state["replay"].values()]
+        self.task.load_state_dict(state["task"])
         self.before = state["trainer"]["before"]
         self.guard.skipped, self.guard.in_a_row = state["trainer"]["skipped"], state["trainer"]["in_a_row"]
 
     def _draw(self, stream: str) -> torch.Generator:
         return generator(self.config.seed, stream, self.iteration)
 
-    def _collect(self) -> Rollout:
+    def _collect(self, draw: Draw) -> Rollout:
         """Rollouts until the sampler has accepted as many trajectories as were asked for, or its rounds are used up."""
         wanted, kept, metrics, samples = self.config.prompts * self.config.rollouts, [], [], []
         if asked := self.method.sampler.to_score(self.task.train_size):
             plan = Plan(asked[0], torch.full((len(asked[0]),), asked[1]))
-            scored = self._rollout(plan, self._draw("scoring"))
+            scored = self._rollout(plan, draw("scoring"))
             self.method.sampler.take_scores(scored.batch)
             metrics.append(dict(scored.metrics))
         for number in range(self.method.sampler.max_rounds):
@@ -186,10 +195,10 @@ class Trainer:
             if prompts <= 0:
                 break
             epoch = partial(generator, self.config.seed, "epoch")
-            prompt_ids = self.method.sampler(self.task.train_size, prompts, epoch, self._draw)
-            counts = self.method.budget(prompt_ids, prompts * self.config.rollouts, self._draw)
+            prompt_ids = self.method.sampler(self.task.train_size, prompts, epoch, draw)
+            counts = self.method.budget(prompt_ids, prompts * self.config.rollouts, draw)
             rollout = self._rollout(
-                Plan(prompt_ids, counts), self._draw(f"rollout {number}" if number else "rollout")
+                Plan(prompt_ids, counts), draw(f"rollout {number}" if number else "rollout")
             )
             metrics.append(dict(rollout.metrics))
             samples += rollout.samples
@@ -225,6 +234,9 @@ class Trainer:
             with self.actor.reference():
                 found = evaluate_rows(self.actor, batch, rows, frozenset(reference), options, self.ranks)
             batch.set_evaluated("ref", found)
+        for name in sorted(asked & SCORES):
+            found = score_vectors(self.actor, batch, per_decision=name == "decision_scores", ranks=self.ranks)
+            setattr(batch, name, found)
         return batch
 
     @property
@@ -237,30 +249,44 @@ class Trainer:
         """One update per rollout with an inexact sampler: the evaluation itself is the behaviour policy's."""
         return not self.actor.exact_sampler and self.config.epochs * self.config.minibatches == 1
 
+    @property
+    def cuts_decisions(self) -> bool:
+        """Minibatches are of decisions, not of trajectories: neither the policy nor the loss needs them together."""
+        return self.actor.independent_decisions and self.method.decision_wise
+
     def _update(self, batch: Batch) -> list[Metrics]:
         steps: list[Metrics] = []
         keep_groups = self.method.surrogate.coupling in ("group", "batch")
         if batch.sampler_logp is not None and not self.anchors:
             batch.weights = batch.weights * self._sampler_weight(batch)
         data = concatenate([*self.replayed, batch])
+        if self.cuts_decisions:
+            data = data.decisions()
+        replaying = bool(self.replayed)
         self.replayed = [*self.replayed, batch][max(0, len(self.replayed) + 2 - self.config.replay) :]
         for epoch in range(self.config.epochs):
             draws = self._draw(f"minibatches {epoch}")
             for rows in minibatches(data.group, self.config.minibatches, keep_groups, draws):
                 minibatch = data[rows]
                 minibatch.loss_weight = self.method.surrogate.loss_weights(minibatch)
-                if metrics := self._step(minibatch, fresh=not steps and len(data) == len(batch)):
+                if metrics := self._step(minibatch, fresh=not steps and not replaying):
                     steps.append(metrics)
         return steps
 
     def _step(self, batch: Batch, fresh: bool) -> Metrics:
-        rows = self._teaching_rows(batch)
+        rows, averages = self._teaching_rows(batch), self.method.optimizer.averages_rollouts
+        if averages and not len(rows):
+            rows = batch.mask.any(-1).nonzero()[:, 0]
         if not len(rows):
             return {}
         self.optimizer.zero_grad(set_to_none=True)
-        found = self._gradient(batch, rows, fresh)
-        norm = self.ranks.clip_gradients(self.parameters, self.config.max_grad_norm)
-        evaluated = batch[rows] if not self.anchors else self._anchored(found.evaluation, batch[rows])
+        with self.method.optimizer.at_rollout(self.optimizer):
+            found = self._gradient(batch, rows, fresh)
+        self.method.optimizer.correct_gradient(self.optimizer, self._hessian_product, self._draw)
+        norm = self.ranks.clip_gradients(self.parameters, math.inf if averages else self.config.max_grad_norm)
+        evaluated = batch.take(rows)
+        if self.anchors:
+            evaluated = self._anchored(found.evaluation, evaluated)
         if self.guard.accepts(found.loss, norm):
             self.optimizer.step()
             for part in self.method.parts:
@@ -285,16 +311,28 @@ class Trainer:
         return found
 
     def _backward(self, batch: Batch, rows: Int[Tensor, " n"], fresh: bool) -> Backward:
-        def objective(evaluation: Evaluation, batch: Batch) -> Tensor:
-            batch = self._anchored(evaluation, batch) if self.anchors else batch
-            return self.method.objective(evaluation, batch)
-
         names = self.method.evaluated
-        current = self._known(batch[rows], names) if fresh and not self.anchors else None
+        current = self._known(batch.take(rows), names) if fresh and not self.anchors else None
         options = self.method.evaluation_options()
         return backward(
-            self.actor, batch, objective, names, separable=self.method.separable, rows=rows, current=current,
+            self.actor, batch, self._objective, names, separable=self.method.separable, rows=rows, current=current,
             options=options, ranks=self.ranks,
+        )  # fmt: skip
+
+    def _objective(self, evaluation: Evaluation, batch: Batch) -> Tensor:
+        return self.method.objective(evaluation, self._anchored(evaluation, batch) if self.anchors else batch)
+
+    def _hessian_product(self, direction: Sequence[Tensor]) -> list[Tensor]:
+        """The loss's Hessian at the present parameters times a direction, from another rollout there."""
+
+        def draw(stream: str) -> torch.Generator:
+            return self._draw(f"second {stream}")
+
+        batch = self.method.prepare(self._with_evaluations(self._collect(draw).batch), draw)
+        batch.loss_weight = self.method.surrogate.loss_weights(batch)
+        return hessian_product(
+            self.actor, batch, self._objective, self.method.evaluated, direction, parameters=self.parameters,
+            options=self.method.evaluation_options(), ranks=self.ranks,
         )  # fmt: skip
 
     def _known(self, batch: Batch, names: frozenset[str]) -> Evaluation | None:
@@ -322,9 +360,11 @@ class Trainer:
 
     def _check(self) -> None:
         """Refuse what cannot work, before anything runs."""
-        available = self.actor.provides | {
-            f"{p}_{n}" for p in ("old", "ref") for n in self.actor.provides & EVALUATED
-        }
+        available = (
+            self.actor.provides
+            | SCORES
+            | {f"{p}_{n}" for p in ("old", "ref") for n in self.actor.provides & EVALUATED}
+        )
         for part in self.method.parts:
             if part.domains is not None and self.actor.domain not in part.domains:
                 domains = ", ".join(sorted(part.domains))
@@ -333,11 +373,25 @@ class Trainer:
                 raise ConfigError(
                     f"{part.slot} {part.name}: needs {name!r}, which this {self.actor.domain} run lacks"
                 )
+        for name in sorted(self.method.requires & SCORES):
+            check_scores(name, self.config.prompts * self.config.rollouts, 1, self.actor.module, self.ranks)
         if self.method.optimizer.per_group_gradients and not self.method.separable:
             raise ConfigError(
                 f"optimizer {self.method.optimizer.name}: needs a loss that is a sum over trajectories"
             )
-        if self.config.minibatches > self.config.prompts * self.config.rollouts:
+        optimizer, c = self.method.optimizer, self.config
+        if optimizer.averages_rollouts and c.epochs * c.minibatches * c.replay > 1:
+            raise ConfigError(
+                f"optimizer {optimizer.name}: needs trainer.epochs, minibatches and replay of 1, one step per rollout"
+            )
+        others = self.method.evaluated.intersection(DIFFERENTIABLE) - {"logp", "entropy"}
+        if optimizer.second_rollout and (others or not self.method.separable or c.sharding != "none"):
+            raise ConfigError(
+                f"optimizer {optimizer.name}: needs whole parameters, and a loss that is a sum over trajectories of "
+                "functions of logp and entropy"
+            )
+        rows = self.config.prompts * self.config.rollouts
+        if self.config.minibatches > rows and not self.cuts_decisions:
             raise ConfigError(
                 f"trainer.minibatches = {self.config.minibatches}: more than the rollouts of an iteration"
             )

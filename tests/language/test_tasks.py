@@ -63,7 +63,7 @@ def test_builtin_heldout_numbers_are_never_trained_on(name: str) -> None:
     key = BUILTINS[name].key
     heldout = {key(task.heldout(i)) for i in range(task.heldout_size)}
     train = {key(task.train(i)) for i in range(task.train_size)}
-    shots = {key(shot) for shot in task._examples.shots}
+    shots = {key(shot) for shot in task.examples.shots}
     assert len(heldout) == 20
     assert len(shots) == 4
     assert not (heldout & train or heldout & shots or train & shots)
@@ -457,7 +457,7 @@ def test_reasoning_gym_splits_are_disjoint_in_a_small_generator() -> None:
     task = task_from_spec("reasoning_gym:chain_sum", **options, heldout_size=60, train_size=2000)
     held = {task.heldout(i).metadata["question"] for i in range(60)}
     train = {task.train(i).metadata["question"] for i in range(2000)}
-    shots = {shot.metadata["question"] for shot in task._examples.shots}
+    shots = {shot.metadata["question"] for shot in task.examples.shots}
     assert len(held) == 60
     assert not (held & train or shots & train or held & shots)
     assert len(held | train | shots) == 200

@@ -1,4 +1,4 @@
-"""The command line: `polopt train | resume | eval | methods | tasks`."""
+"""The command line: `polopt train | resume | eval | compare | methods | tasks`."""
 
 import os
 import sys
@@ -15,6 +15,7 @@ COMMANDS = {
     "train": ("train:train", "train by a configuration file and flags"),
     "resume": ("train:resume", "continue a run"),
     "eval": ("evaluate:evaluate", "score a run on its held-out split"),
+    "compare": ("compare:compare", "run methods under equal budgets and rank them"),
     "methods": ("listing:methods", "show recipes and parts (--json)"),
     "tasks": ("listing:tasks", "show tasks (--json)"),
 }

@@ -67,7 +67,7 @@ def resolve(config: RunConfig) -> "tuple[RunConfig, Method]":
 
     for plugin in config.plugins:
         _import_plugin(plugin)
-    method = recipe(config.method, **config.slots)
+    method = recipe(config.method, config.domain, **config.slots)
     trainer = config.trainer.with_defaults(method.defaults)
     config = configure({**dict(config), "trainer": trainer})
     _check_method(method, config.domain, DOMAINS[config.domain].provides())

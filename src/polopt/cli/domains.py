@@ -7,8 +7,10 @@ from importlib.util import find_spec
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 
+from polopt.cli.control_domain import ControlDomain
 from polopt.config import RunConfig
 from polopt.errors import ConfigError, MissingExtraError
+from polopt.language.task_spec import split_spec
 from polopt.settings import nearest
 
 if TYPE_CHECKING:
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from polopt.language.actor import LanguageActor
     from polopt.language.tasks import LanguageTask
     from polopt.method import Method
+    from polopt.miniature import SumModActor, SumModTask
 
 CRITIC = frozenset({"value", "old_value"})
 KINDS = {
@@ -72,16 +75,19 @@ class LanguageDomain:
         needed = {"transformers": "domain = 'language'"}
         if config.language.lora_rank:
             needed["peft"] = f"language.lora_rank = {config.language.lora_rank}"
-        if config.task.startswith("reasoning_gym:"):
+        tasks = split_spec(config.task)
+        if any(task.startswith("reasoning_gym:") for task in tasks):
             needed["reasoning_gym"] = f"task = {config.task!r}"
-        self._require_kind(config.task)
+        for task in tasks:
+            self._require_kind(task)
         self._require_model(config.language.model)
         for module, purpose in needed.items():
             if find_spec(module) is None:
                 raise MissingExtraError(
                     f'{purpose}: needs {module}, which is not installed: pip install "polopt[language]"'
                 )
-        for field, spec in [("task", config.task), *(("reward", reward) for reward in config.reward)]:
+        given = [*(("task", task) for task in tasks), *(("reward", reward) for reward in config.reward)]
+        for field, spec in given:
             kind, _, rest = spec.partition(":")
             if kind != "python" and field == "reward":
                 raise ConfigError(f"reward = {spec!r}: write python:FILE:FUNCTION")
@@ -93,7 +99,7 @@ class LanguageDomain:
         """Everything that can be evaluated, and what rollouts carry."""
         from polopt.batch import EVALUATED
 
-        return EVALUATED | {"old_entropy", "terminated", "truncated", "answer", "task"}
+        return EVALUATED - {"kl", "median"} | {"old_entropy", "terminated", "truncated", "answer", "task"}
 
     def task(self, config: RunConfig) -> "LanguageTask":
         """The task, with the run's further rewards."""
@@ -159,4 +165,67 @@ def _answered(task: "LanguageTask") -> Iterator[tuple[Any, str]]:
             yield example.prompt, f" {tagged}{task.stop[0]}" if task.stop else tagged
 
 
-DOMAINS: dict[str, Domain] = {"language": LanguageDomain()}
+class MiniatureDomain:
+    """Small networks from scratch on sums with the right remainder: runs of seconds."""
+
+    def require(self, config: RunConfig) -> None:
+        """The task and its options."""
+        from polopt.miniature_config import STANDARD_TASKS, standard_options
+
+        specs = [f"miniature:{name}" for name in STANDARD_TASKS]
+        if config.task not in specs:
+            raise ConfigError(f"task = {config.task!r}: unknown; {nearest(config.task, specs)}")
+        if config.reward:
+            raise ConfigError(f"reward = {config.reward[0]!r}: a miniature task has its own rewards alone")
+        standard_options(config.task.partition(":")[2], **config.task_options)
+
+    def provides(self) -> frozenset[str]:
+        """Everything that the small network can be asked for."""
+        from polopt.miniature import PROVIDES
+
+        return PROVIDES
+
+    def task(self, config: RunConfig) -> "SumModTask":
+        """The standard task, with the run's options."""
+        from polopt.miniature import SumModTask
+        from polopt.miniature_config import standard_options
+
+        options = standard_options(config.task.partition(":")[2], **config.task_options)
+        return SumModTask(**options.model_dump())
+
+    def actor(self, config: RunConfig, task: "SumModTask", method: "Method") -> "SumModActor":
+        """The network, whose initial weights are drawn by the run's seed."""
+        from polopt.miniature import SumModActor
+
+        c = config.miniature
+        return SumModActor(task, c.width, seed=config.trainer.seed, sampled_scores=c.sampled_scores)
+
+    def estimate(self, config: RunConfig, task: "SumModTask", method: "Method") -> "Estimate":
+        """See `polopt.cli.estimate`."""
+        from polopt.cli.estimate import estimate_miniature
+
+        return estimate_miniature(config, task, self.actor(config, task, method))
+
+    def tasks(self) -> list[dict[str, Any]]:
+        """The standard tasks."""
+        from polopt.miniature_config import STANDARD_TASKS, standard_options
+
+        found = []
+        for name, (summary, _) in STANDARD_TASKS.items():
+            options, fields = standard_options(name), type(standard_options(name)).model_fields
+            parameters = [
+                {"name": option, "type": field.annotation.__name__, "default": getattr(options, option)}
+                | {"description": field.description}
+                for option, field in fields.items()
+                if isinstance(field.annotation, type)
+            ]
+            entry = {"spec": f"miniature:{name}", "kind": "miniature", "summary": summary}
+            found.append({**entry, "available": True, "parameters": parameters})
+        return found
+
+
+DOMAINS: dict[str, Domain] = {
+    "miniature": MiniatureDomain(),
+    "language": LanguageDomain(),
+    "control": ControlDomain(),
+}

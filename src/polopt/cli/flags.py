@@ -19,7 +19,7 @@ from polopt.errors import ConfigError
 SINGULAR = {
     "regularizers": "regularizer", "trackers": "tracker", "plugins": "plugin", "task_options": "task_option"
 }  # fmt: skip
-ALIASES = {"--iterations": ("--steps",)}
+ALIASES = {"--iterations": ("--steps",), "--task": ("--env",)}
 _NEGATIVE = re.compile(r"-(\d|\.\d|inf|nan)", re.IGNORECASE)
 _METAVARS = {int: "INT", float: "NUMBER", str: "TEXT", bool: "{true,false}", Path: "PATH"}
 _BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
@@ -75,15 +75,17 @@ class Flag:
 def run_flags() -> dict[str, list[Flag]]:
     """The flags of a run by section; "run" are the fields outside of all sections.
 
-    A section's field whose name is that of a field outside has the section's name before it.
+    A section's field whose name is taken, by a field outside or of a section before, has the section's name before it.
     """
     own = {name: field for name, field in RunConfig.model_fields.items() if name not in SECTIONS}
+    taken = set(own)
     found = {"run": [Flag(_flag(SINGULAR.get(name, name)), (name,), field) for name, field in own.items()]}
     for section, model in SECTIONS.items():
         found[section] = [
-            Flag(_flag(f"{section}_{name}" if name in own else name), (section, name), field)
+            Flag(_flag(f"{section}_{name}" if name in taken else name), (section, name), field)
             for name, field in model.model_fields.items()
         ]
+        taken |= set(model.model_fields)
     return found
 
 

@@ -28,6 +28,8 @@ TITLES = {
     "run": "the run",
     "trainer": "sizes and lengths: [trainer]",
     "language": "language models: [language]",
+    "control": "environments: [control]",
+    "miniature": "small networks from scratch: [miniature]",
 }
 MAY_CHANGE = (*(("trainer", name) for name in ("iterations", "keep", "ranks", "sharding")), ("trackers",))
 """Fields that a resumed run may have otherwise than it began with."""

@@ -18,18 +18,21 @@ Metrics = dict[str, float]
 
 def describe_rollout(batch: Batch, reward_names: tuple[str, ...]) -> Metrics:
     """Rewards, lengths, entropy and sampler mismatch of an iteration's batch as it was collected."""
-    known = batch.rewards.isfinite()
-    outcome = batch.outcome()[known.any(-1)]
+    known = batch.rewards.isfinite().any(-1)
+    if batch.step_rewards is not None:
+        known |= batch.mask.any(-1)
+    outcome = batch.outcome()[known]
     metrics = {
         "reward": _mean(outcome),
         "reward/std": float(outcome.std()) if len(outcome) > 1 else 0.0,
-        "reward/missing": _mean(~known.any(-1)),
+        "reward/missing": _mean(~known),
         "length": _mean(batch.lengths),
         "length/max": float(batch.lengths.max()) if len(batch) else 0.0,
         "rows": float(len(batch)),
     }
     for name, column in zip(reward_names, batch.rewards.unbind(-1), strict=True):
-        metrics[f"reward/{name}"] = _mean(column[column.isfinite()])
+        if batch.step_rewards is None:
+            metrics[f"reward/{name}"] = _mean(column[column.isfinite()])
     if batch.truncated is not None:
         metrics["length/truncated"] = _mean(batch.truncated)
     if batch.old_entropy is not None:

@@ -24,7 +24,7 @@ from polopt.engine.ranks import Piece, Ranks
 
 Objective = Callable[[Evaluation, Batch], Float[Tensor, ""]]
 Rows = Int[Tensor, " n"]
-DIFFERENTIABLE = ("logp", "entropy", "value")
+DIFFERENTIABLE = ("logp", "entropy", "value", "median", "kl")
 
 
 class Evaluator(Protocol):
@@ -137,7 +137,7 @@ class _Passes:
         if not len(batch):
             raise ValueError("rows: there are none to evaluate")
         for piece in self.ranks.share(self.actor.micro_batches(batch), batch.lengths):
-            part = batch[piece.rows]
+            part = batch.take(piece.rows)
             evaluate = partial(self.actor.evaluate, part, self.requires, **self.options)
             yield piece, part, self.ranks.forward(lambda evaluate=evaluate: evaluate().tensors())
 
@@ -162,13 +162,21 @@ class _Found:
 def _separable(passes: _Passes, batch: Batch, objective: Objective, rows: Rows) -> Backward:
     total = torch.zeros((), dtype=torch.float64)
     found = _Found(len(rows))
-    for piece, part, outputs in passes.over(batch[rows]):
-        loss, cotangents = _differentiate(lambda e, part=part: objective(e, part), Evaluation(**outputs))
-        if piece.counts:
-            total += loss.double().cpu()
+    for piece, part, outputs in passes.over(batch.take(rows)):
         found.add(piece, outputs)
-        _pull_back(piece, outputs, cotangents)
+        if not piece.counts:
+            _pull_back(piece, outputs, dict.fromkeys(set(DIFFERENTIABLE) & outputs.keys(), total))
+            continue
+        loss = objective(_constant_elsewhere(outputs), part)
+        total += loss.detach().double().cpu()
+        if loss.requires_grad:
+            loss.backward()
     return Backward(passes.ranks.sum(total), found.on_all(passes.ranks), rows)
+
+
+def _constant_elsewhere(outputs: dict[str, Tensor]) -> Evaluation:
+    """The evaluation, without gradient where it has none by contract."""
+    return Evaluation(**{n: t if n in DIFFERENTIABLE else t.detach() for n, t in outputs.items()})
 
 
 def _differentiate(

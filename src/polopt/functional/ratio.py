@@ -37,12 +37,17 @@ def clipped_surrogate(
     clip_low: float | Tensor,
     clip_high: float | Tensor,
 ) -> Float[Tensor, "N T"]:
-    """max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)): the PPO loss of each decision (arXiv 1707.06347, eq. 7)."""
+    """max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)): the PPO loss of each decision (arXiv 1707.06347, eq. 7).
+
+    Written as -A clip(r) with the one bound that acts: the upper one where A > 0, the lower one where A < 0.
+    """
     low, high = (
         torch.as_tensor(bound, dtype=ratio.dtype, device=ratio.device)
         for bound in (1 - clip_low, 1 + clip_high)
     )
-    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(low, high))
+    below = torch.where(advantages < 0, low, -torch.inf)
+    above = torch.where(advantages > 0, high, torch.inf)
+    return -advantages * ratio.clamp(below, above)
 
 
 def dual_clipped(

@@ -1,8 +1,9 @@
 """Returns and generalised advantages along trajectories of different lengths."""
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from polopt.functional.masked import zero_outside
 
@@ -31,15 +32,43 @@ def generalized_advantages(
         Advantages [N, T] in reward units, 0 outside the mask.
     """
     rewards, values = zero_outside(rewards, mask), zero_outside(values, mask)
-    advantage, next_value = torch.zeros_like(last_value), last_value
-    columns: list[Tensor] = []
-    for step in reversed(range(mask.shape[1])):
-        here = mask[:, step]
-        delta = rewards[:, step] + gamma * next_value - values[:, step]
-        advantage = torch.where(here, delta + gamma * gae_lambda * advantage, advantage)
-        next_value = torch.where(here, values[:, step], next_value)
-        columns.append(advantage)
-    return zero_outside(torch.stack(columns[::-1], 1), mask) if columns else torch.zeros_like(rewards)
+    length = mask.sum(-1, keepdim=True)
+    if not length.numel() or not bool(length.any()):
+        return torch.zeros_like(rewards)
+    place = torch.empty(0)
+    gaps = bool((mask[:, 1:] & ~mask[:, :-1]).any()) or not bool(mask[length[:, 0] > 0, 0].all())
+    if gaps:  # the decisions that count, side by side
+        place = mask.cumsum(-1) - 1
+        rewards, values = (_packed(tensor, place, mask) for tensor in (rewards, values))
+    following = values.roll(-1, 1).scatter(1, (length - 1).clamp(min=0), last_value[:, None].to(values))
+    counted = torch.arange(mask.shape[1], device=mask.device) < length
+    errors = zero_outside(rewards + gamma * following - values, counted)
+    advantages = _discounted_sums(errors, gamma * gae_lambda)
+    if gaps:
+        advantages = advantages.gather(1, place.clamp(min=0))
+    return zero_outside(advantages, mask)
+
+
+def _packed(
+    values: Float[Tensor, "N T"], place: Int[Tensor, "N T"], mask: Bool[Tensor, "N T"]
+) -> Float[Tensor, "N T"]:
+    width = mask.shape[1]
+    return values.new_zeros(len(values), width + 1).scatter(1, place.where(mask, width), values)[:, :width]
+
+
+def _discounted_sums(values: Float[Tensor, "N T"], discount: float, block: int = 64) -> Float[Tensor, "N T"]:
+    """s_t = x_t + discount s_{t+1} along each row: inside blocks as one product, from block to block in turn."""
+    rows, width = values.shape
+    blocks = pad(values, (0, -width % block)).view(rows, -1, block)
+    step = torch.arange(block, dtype=values.dtype, device=values.device)
+    apart = step[:, None] - step
+    powers = torch.where(apart >= 0, discount ** apart.clamp(min=0), 0.0)
+    sums = (blocks @ powers).unbind(1)
+    to_end = discount ** (block - step)
+    found = [sums[-1]]
+    for earlier in reversed(sums[:-1]):
+        found.append(earlier + found[-1][:, :1] * to_end)
+    return torch.cat(found[::-1], 1)[:, :width]
 
 
 def rewards_to_go(

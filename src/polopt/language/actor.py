@@ -20,6 +20,7 @@ from polopt.language.model import LanguageModel, Lora, load_language_model
 from polopt.language.prompts import encode_prompt
 from polopt.language.sampler import Completions, CompletionSampler, SamplingConfig
 from polopt.language.scoring import score_statistics
+from polopt.language.task_mixture import Mixture
 from polopt.language.tasks import LanguageTask
 
 LARGE_MODEL = 10_000_000
@@ -55,6 +56,7 @@ class LanguageActor:
     """
 
     domain = "language"
+    independent_decisions = False
 
     def __init__(
         self,
@@ -84,7 +86,8 @@ class LanguageActor:
             config.max_new_tokens, config.temperature, config.top_p, config.top_k, stop
         )
         self.scoring = SamplingConfig(config.max_new_tokens, config.score_temperature, stop=stop)
-        self.provides = frozenset(Evaluation.__dataclass_fields__) - (frozenset() if critic else {"value"})
+        lacks = {"kl", "median"} | (set() if critic else {"value"})
+        self.provides = frozenset(Evaluation.__dataclass_fields__) - lacks
         self.provides |= {"old_entropy", "terminated", "truncated", "answer", "task"}
 
     @classmethod
@@ -124,6 +127,7 @@ class LanguageActor:
             **{f"faults/{name}": float(count) for name, count in scores.faults.items()},
         }
         batch = self._batch(plan, prompts, completions, scores.rewards)
+        batch.task = torch.tensor([example.task for example in of_row], dtype=torch.int64)
         batch.set_signal("format", scores.format_ok)
         batch.answer = torch.tensor([_answer_id(answer) for answer in scores.answers], dtype=torch.int64)
         samples = [
@@ -165,9 +169,17 @@ class LanguageActor:
         with self.language_model.reference():
             yield
 
+    def observe(self, batch: Batch) -> dict[str, float]:
+        """Nothing is remembered."""
+        return {}
+
     def score(self, task: LanguageTask, batch: Batch) -> dict[str, float]:
-        """Mean reward, pass@k and majority vote of held-out completions, with 95 % intervals."""
+        """Mean reward, pass@k, majority vote and each mixed task's mean of held-out completions, with 95 % intervals."""
         found = score_statistics(batch.rewards, batch.group, batch.answer, task.reward_names)
+        for index, member in enumerate(task.members if isinstance(task, Mixture) else ()):
+            mine = batch.task == index
+            own = score_statistics(batch.rewards[mine, :1], batch.group[mine], batch.answer[mine], ("own",))
+            found |= {f"score/{member.name}{end}": own[f"score{end}"] for end in ("", "/low", "/high")}
         return found | {"score/format": float(batch.signal("format").double().mean())}
 
     def _batch(
@@ -188,7 +200,6 @@ class LanguageActor:
             prompt_id=plan.prompt_ids[index],
             terminated=completions.finished,
             truncated=~completions.finished,
-            task=torch.zeros(len(index), dtype=torch.int64),
             payload=TensorDict(payload, batch_size=[len(index)]),
             batch_size=[len(index)],
         )

@@ -31,6 +31,8 @@ class Example:
     """Reference answer; empty if there is none."""
     metadata: dict[str, Any] = field(default_factory=dict)
     """Whatever else reward functions may want."""
+    task: int = 0
+    """Which task of a mixture it belongs to, from 0."""
 
 
 class Examples(Protocol):
@@ -157,19 +159,21 @@ class ListedExamples:
         shots: int,
         seed: int,
     ) -> None:
-        different = sorted({_text(row) for row in rows}, key=lambda text: _digest(f"{seed}/{text}"))
+        different = sorted({question_text(row) for row in rows}, key=lambda text: _digest(f"{seed}/{text}"))
         if heldout is None:
             taken = set(different[: max(1, round(heldout_fraction * len(different)))])
-            first = {_text(row): row for row in reversed(rows)}
+            first = {question_text(row): row for row in reversed(rows)}
             self._heldout = [first[text] for text in different if text in taken]
         else:
-            taken = {_text(row) for row in heldout}
+            taken = {question_text(row) for row in heldout}
             self._heldout = list(heldout)
         free = [text for text in different if text not in taken]
         demonstrated = free[:shots]
-        self.shots = tuple(next(row for row in rows if _text(row) == text) for text in demonstrated)
-        self._train = [row for row in rows if (text := _text(row)) not in taken and text not in demonstrated]
-        self.removed = sum(_text(row) in taken for row in rows) if heldout is not None else 0
+        self.shots = tuple(next(row for row in rows if question_text(row) == text) for text in demonstrated)
+        self._train = [
+            row for row in rows if (text := question_text(row)) not in taken and text not in demonstrated
+        ]
+        self.removed = sum(question_text(row) in taken for row in rows) if heldout is not None else 0
         self.train_size, self.heldout_size = len(self._train), len(self._heldout)
         if not self._train or not self._heldout or len(self.shots) < shots:
             raise ConfigError(
@@ -188,7 +192,8 @@ class ListedExamples:
         return replace(self._heldout[index], prompt_id=self.train_size + index)
 
 
-def _text(example: Example) -> str:
+def question_text(example: Example) -> str:
+    """The example's prompt as text: equal texts are the same question."""
     return example.prompt if isinstance(example.prompt, str) else json.dumps(example.prompt, sort_keys=True)
 
 

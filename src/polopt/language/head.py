@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from polopt.language.second_order import recorded_backward
+
 BLOCK = 2**20
 """Logits in one block of a chunk: reductions run on a block while it is in the cache."""
 
@@ -108,6 +110,9 @@ class _Head(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, state, action, normalizer, entropy = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            constants = state, action, ctx.options, ctx.dtype
+            return recorded_backward(_plain_head, (hidden, weight, bias), grads[1:3], *constants)
         of_logp = normalizer.new_zeros(len(state)) if grads[1] is None else grads[1]
         of_state = torch.zeros_like(normalizer).index_add_(0, state, of_logp)
         layer, held = _Layer(hidden, weight, bias, ctx.dtype), ctx.held
@@ -138,6 +143,24 @@ class _Head(torch.autograd.Function):
             if of_bias is not None:
                 of_bias += logits.sum(0)
         return of_hidden, of_weight, of_bias, None, None, None, None
+
+
+def _plain_head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor,
+    action: Tensor,
+    options: HeadOptions,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """`logp` and `entropy` with all logits at once."""
+    logits = _Layer(hidden, weight, bias, dtype)(slice(None))
+    exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if options.softcap:
+        exact = options.softcap * (exact / options.softcap).tanh()
+    logprobs = (options.scale * exact).log_softmax(-1)
+    return logprobs[state, action], -(logprobs.exp() * logprobs).sum(-1)
 
 
 class _Layer:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from polopt.batch import Batch
 from polopt.errors import ConfigError
+from polopt.language.second_order import recorded_backward
 
 ATTENTION = "polopt_packed"
 """Name of `packed_attention` among the attention functions of transformers."""
@@ -209,12 +210,13 @@ class _PackedAttention(torch.autograd.Function):
         ctx.save_for_backward(query, key, value)
         ctx.segments, ctx.options = segments, options
         with torch.autocast(query.device.type, enabled=False):
-            rows = [_Rows(s, part, key, value, *options) for s, part in _split(query, segments)]
-            return torch.cat([row.segment.unpad(row.attention @ row.value) for row in rows])
+            return _attend(query, key, value, segments, options)[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return recorded_backward(_attend, (query, key, value), grads, ctx.segments, ctx.options)
         exact = torch.promote_types(key.dtype, torch.float32)
         of_query, of_key, of_value = (
             [],
@@ -232,6 +234,13 @@ class _PackedAttention(torch.autograd.Function):
                 for total, rows in zip((of_key, of_value), found[1:], strict=True):
                     total.index_add_(0, segment.keys.flatten(), rows.transpose(1, 2).flatten(0, 1).to(exact))
         return torch.cat(of_query), of_key.to(key.dtype), of_value.to(value.dtype), None, None
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, segments: tuple[Segment, ...], options: tuple[Any, ...]
+) -> tuple[Float[Tensor, "S Hq F"]]:
+    rows = [_Rows(s, part, key, value, *options) for s, part in _split(query, segments)]
+    return (torch.cat([row.segment.unpad(row.attention @ row.value) for row in rows]),)
 
 
 def _split(stream: Float[Tensor, "S H E"], segments: tuple[Segment, ...]) -> list[tuple[Segment, Tensor]]:
@@ -261,7 +270,7 @@ class _Rows:
         if softcap:
             scores = scores.div_(softcap).tanh_()
             self.slope = 1 - scores.square()
-            scores.mul_(softcap)
+            scores = scores * softcap
         split = scores.unflatten(2, (-1, segment.distance.shape[1]))
         split.add_(segment.mask(scores.dtype, window))
         exact = torch.promote_types(scores.dtype, torch.float32)

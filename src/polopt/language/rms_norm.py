@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from polopt.language.second_order import recorded_backward
+
 
 def rms_norm(
     hidden: Float[Tensor, "... H"], weight: Float[Tensor, " H"], epsilon: float
@@ -33,17 +35,26 @@ class _RmsNorm(torch.autograd.Function):
         exact = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         inverse = torch.rsqrt(exact.square().mean(-1, keepdim=True).add_(epsilon))
         ctx.save_for_backward(hidden, weight, inverse)
+        ctx.constants = epsilon, dtype
         return (exact * inverse).mul_(weight).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, inverse = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return recorded_backward(_plain, (hidden, weight), grads, *ctx.constants)
         normal = hidden.to(inverse.dtype) * inverse
         grad = grads[0].to(inverse.dtype)
         of_weight = (grad * normal).flatten(0, -2).sum(0).to(weight.dtype)
         grad = grad * weight
         radial = (grad * normal).mean(-1, keepdim=True)
         return grad.sub_(normal.mul_(radial)).mul_(inverse).to(hidden.dtype), of_weight, None, None
+
+
+def _plain(hidden: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype) -> tuple[Tensor]:
+    exact = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+    inverse = torch.rsqrt(exact.square().mean(-1, keepdim=True) + epsilon)
+    return ((exact * inverse * weight).to(dtype),)
 
 
 @contextmanager

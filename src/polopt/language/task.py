@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal, Self
 
+from polopt.domain import Task
 from polopt.language.examples import Example, Examples, Message
 from polopt.language.verifiers import Scores, Verifier
 
@@ -12,7 +13,7 @@ SYSTEM_PROMPT = "Solve the problem. End with the final answer between <answer> a
 """Default system message of the style "chat"."""
 
 
-class LanguageTask:
+class LanguageTask(Task):
     r"""Prompts in one style, and their scores.
 
     Args:
@@ -40,7 +41,7 @@ class LanguageTask:
         self.train_size, self.heldout_size = examples.train_size, examples.heldout_size
         self.reward_names = verifier.names
         self.stop = stop_strings(style, examples.shots)
-        self._examples, self._verifier = examples, verifier
+        self.examples, self._verifier = examples, verifier
         self.info: dict[str, Any] = {
             "task": name, "style": style, "system_prompt": self.system_prompt, "stop": list(self.stop),
             "rewards": list(self.reward_names), "train_size": self.train_size, "heldout_size": self.heldout_size,
@@ -53,7 +54,7 @@ class LanguageTask:
         Raises:
             IndexError: not in [0, train_size).
         """
-        return self._prompted(self._examples.train(prompt_id))
+        return self._prompted(self.examples.train(prompt_id))
 
     def heldout(self, index: int) -> Example:
         """Held-out example `index`, always the same; its question is in no training example.
@@ -61,7 +62,7 @@ class LanguageTask:
         Raises:
             IndexError: not in [0, heldout_size).
         """
-        return self._prompted(self._examples.heldout(index))
+        return self._prompted(self.examples.heldout(index))
 
     def score(self, completions: Sequence[str], examples: Sequence[Example]) -> Scores:
         """Score N completions, each of the example beside it. What follows a stop string does not count.
@@ -86,7 +87,7 @@ class LanguageTask:
 
     def _render(self, question: str | list[Message]) -> str | list[Message]:
         if isinstance(question, str) and self.style == "few_shot":
-            demonstrations = [f"Q: {shot.prompt}\nA: {shot.answer}\n" for shot in self._examples.shots]
+            demonstrations = [f"Q: {shot.prompt}\nA: {shot.answer}\n" for shot in self.examples.shots]
             return "".join([*demonstrations, f"Q: {question}\nA:"])
         if self.style == "plain":
             return question

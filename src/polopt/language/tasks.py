@@ -21,6 +21,7 @@ from polopt.language.examples import Example, GeneratedExamples, ListedExamples,
 from polopt.language.graders import Exact, Grader, ReasoningGym, require
 from polopt.language.rows import Rows, call_rows, load_rows_function, read_dataset, read_jsonl, to_examples
 from polopt.language.task import LanguageTask, Style, stop_strings
+from polopt.language.task_mixture import make_mixture
 from polopt.language.task_options import (
     BuiltinOptions,
     DatasetOptions,
@@ -36,6 +37,7 @@ from polopt.language.task_options import (
     plain,
     with_fields,
 )
+from polopt.language.task_spec import split_spec
 from polopt.language.verifiers import Verifier, make_graders, python_source
 from polopt.language.worker_process import accepted, describe
 from polopt.settings import nearest
@@ -53,8 +55,10 @@ def task_from_spec(spec: str, /, **options: Any) -> LanguageTask:
     """The task that a spec names.
 
     Args:
-        spec: `builtin:NAME`, `reasoning_gym:NAME`, `jsonl:FILE`, `dataset:DIR` or `python:FILE:FUNCTION`.
-        **options: see `list_tasks`; texts are converted to the types there.
+        spec: `builtin:NAME`, `reasoning_gym:NAME`, `jsonl:FILE`, `dataset:DIR` or `python:FILE:FUNCTION`; several of
+            them joined by "+" are a mixture.
+        **options: see `list_tasks`; texts are converted to the types there. In a mixture an option counts for every
+            task, or as "2.count" for the second.
 
     Raises:
         ConfigError: unknown kind, name or option, a value out of range, data that is missing or of the wrong form.
@@ -68,6 +72,8 @@ def task_from_spec(spec: str, /, **options: Any) -> LanguageTask:
         Q: reverse ...
         A:
     """
+    if len(specs := split_spec(spec)) > 1:
+        return make_mixture(spec, specs, options, task_from_spec)
     kind, _, name = spec.partition(":")
     if kind not in _KINDS or not name:
         known = [f"builtin:{builtin}" for builtin in BUILTINS]

@@ -44,6 +44,7 @@ class TinyActor:
                 "trunk": nn.Sequential(nn.Linear(OBSERVATION, WIDTH), nn.Tanh()),
                 "policy": nn.Linear(WIDTH, VOCABULARY),
                 "critic": nn.Linear(WIDTH, 1),
+                "median": nn.Linear(WIDTH, 1),
             }
             self.module = nn.ModuleDict(layers).double()
             moved = [noise * torch.randn_like(p) for p in self.module.parameters()]
@@ -64,7 +65,11 @@ class TinyActor:
             "logp": logprobs.gather(-1, at)[..., 0],
             "entropy": -(logprobs.exp() * logprobs).sum(-1),
             "value": self.module["critic"](hidden)[..., 0],
+            "median": self.module["median"](hidden)[..., 0],
         }
+        if "kl" in requires:
+            old = torch.where(mask[..., None], batch.payload["old_logprobs"], 0.0).to(logprobs)
+            found["kl"] = (logprobs.exp() * (logprobs - old)).sum(-1)
         with torch.no_grad():
             found["score_sqnorm"] = 1 - 2 * found["logp"].exp() + logprobs.exp().square().sum(-1)
             tempered = (logits / options.get("temperature", 1.0)).log_softmax(-1)
@@ -132,6 +137,10 @@ def random_batch(
     for name in sorted(requires & OPTIONAL):
         setattr(batch, name, _field(name, batch, draws))
     policies: dict[Literal["old", "ref"], TinyActor] = {"old": TinyActor(0), "ref": TinyActor(0, noise=0.3)}
+    behaviour = policies["old"].module
+    with torch.no_grad():
+        logits = behaviour["policy"](behaviour["trunk"](observation))
+        batch.payload["old_logprobs"] = logits.log_softmax(-1)
     for policy, actor in policies.items():
         asked = frozenset(name[4:] for name in requires if name.startswith(f"{policy}_")) & EVALUATED
         if asked or policy == "old":
@@ -167,6 +176,10 @@ def _field(name: str, batch: Batch, draws: torch.Generator) -> Tensor:
             return torch.zeros(rows, dtype=torch.int64)
         case "last_value":
             return torch.randn(rows, generator=draws, dtype=torch.float64)
+        case "scores":
+            return torch.randn(rows, 1, 4, generator=draws, dtype=torch.float64)
+        case "decision_scores" | "state_action":
+            return torch.randn(rows, steps, 4, generator=draws, dtype=torch.float64)
     return 0.3 * torch.randn(rows, steps, generator=draws, dtype=torch.float64)
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError, gradcheck
 
 from polopt.batch import ABSENT, Batch
+from polopt.engine.gradient import DIFFERENTIABLE
 from polopt.testing import compare
 from polopt.testing.compare import Frozen, expect
 from polopt.testing.laws import law
@@ -149,7 +150,7 @@ def gradient_is_the_derivative(subject: Subject) -> None:
         method = subject.fresh()
         batch = prepared(method, subject.raw(method, seed=seed, groups=(3, 1, 2), steps=4))
         evaluation = subject.evaluate(method, batch).where(batch.mask)
-        names = [name for name in ("logp", "entropy", "value") if name in evaluation.tensors()]
+        names = [name for name in DIFFERENTIABLE if name in evaluation.tensors()]
 
         def objective(*values: Tensor) -> Tensor:
             changed = replace(evaluation, **dict(zip(names, values, strict=True)))  # noqa: B023

@@ -228,3 +228,18 @@ def test_gbpo_with_missing_rewards_nan_outside_the_mask_and_no_rows_is_defined()
     assert far.isfinite().all()
     empty = a_batch(torch.zeros(0), torch.zeros(0, dtype=torch.int64))
     assert empty.advantages.shape == (0, 4) and empty.signal("target_advantages").shape == (0,)
+
+
+@pytest.mark.parametrize("norm_by_std", [True, False])
+def test_official_signals_of_a_group_of_one_are_its_reward(norm_by_std: bool) -> None:
+    outcome = torch.tensor([0.7, 0.0, 1.0, -2.0], dtype=torch.float64)
+    group = torch.tensor([3, 1, 1, 0])
+    zero, reward = (
+        mean_and_median_advantages(outcome, group, norm_by_std=norm_by_std, singletons=s)
+        for s in ("zero", "reward")
+    )
+    alone = torch.tensor([True, False, False, True])
+    for off, on in zip(zero, reward, strict=True):
+        assert not off[alone].any()
+        assert_close(on[alone], outcome[alone] / (1 + 1e-6 * norm_by_std))
+        assert torch.equal(on[~alone], off[~alone])

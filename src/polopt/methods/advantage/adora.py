@@ -18,6 +18,13 @@ TAS is LA, DA, both or either (`criterion`). Presets: `vlm` (attenuate by 0.1 on
 the raw gain is step size: compare with weights renormalised to mean 1 (`normalize`).
 
 Slots: advantage transform. `--advantage grpo --advantage adora:mode=amplify`.
+
+Use it when prompts differ much in difficulty and a longer scratchpad helps on the hard ones. Not with one-token answers,
+where no length can differ, nor as a free gain: against GRPO at the mean weight's learning rate most of it goes.
+
+Pitfalls: labels from 5 to 8 rollouts flicker, and the effective learning rate moves with the share of TAS prompts. The
+length criterion rewards verbosity: watch truncation, and let l_max be the real generation limit. The threshold is in
+reward units. With nearly constant graded rewards a standardised base advantage is noise, which the weight multiplies.
 """
 
 from typing import Literal

@@ -25,6 +25,12 @@ out of the moments. The scale of A moves while the policy learns: learning rates
 Slots: advantage. Surrogate of the recipe: PPO clip 0.2 / 0.28 with dual clip 10, token sum per sequence (run script).
 
 Not TRL's `loss_type="bnpo"`, which is a token mean over the local micro-batch and knows no Beta law.
+
+Use it with rewards of 0 and 1 whose success rates drift while the policy learns, many prompts a batch, several rollouts
+each. Not with few prompts, where the fitted moments are noise, nor with unbounded rewards.
+
+Pitfalls: rates of prompts that are nearly always or never solved get large weights: bound them with `weight_max`. The
+variance of the rates contains their own sampling noise, which neither the paper nor its code removes.
 """
 
 from typing import NamedTuple, Self

@@ -23,6 +23,13 @@ prompt, and a group of one, have advantages 0. Do not combine with a filter of z
 Slots: advantage `copo` (signals `global_advantages`, `local_weight`), surrogate `blended` (PPO clip of two advantages).
 Under any other surrogate the method has the blended advantage, whose on-policy gradient is the same. Entropy is over
 extracted answers (`answer`), in bits.
+
+Use it when many prompts earn the same in all their rollouts, above all wrong in all of them, and answers can be compared.
+Not beside dynamic sampling or an accuracy filter: these remove exactly the prompts that it is for.
+
+Pitfalls: the global advantage pushes all answers of a prompt alike, wrong answers of easy prompts too;
+`soft_correct_only` makes that worse. Entropy is over final answers in bits, so rho = 1 is one bit; answers have to be
+normalised, and those that cannot be read share one id.
 """
 
 from typing import Literal

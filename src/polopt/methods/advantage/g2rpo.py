@@ -24,6 +24,12 @@ uses the exact entropy and does control it. Tasks without tokens in a minibatch 
 published: they are the user's. Equal rewards of a group give 0 in the first stage; keep the accuracy filter.
 
 Slots: advantage `g2rpo`, shaping `length_envelope`, regularizer `entropy_band`, sampler `accuracy_filter`; reads `task`.
+
+Use it when a run mixes tasks whose rewards differ in scale, sparsity or tails (`--task A+B` gives the task ids). With one
+task and rewards of 0 and 1 it is nearly GRPO: not worth it there.
+
+Pitfalls: ranks forget magnitudes, 0.81 against 0.83 is as strong as 0 against 1: round noisy dense rewards or raise
+`tie_tol`. Never rank raw rewards across prompts. Lengths are decisions here, characters in the released code.
 """
 
 from typing import Any, Literal, Self

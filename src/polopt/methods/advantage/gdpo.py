@@ -24,6 +24,15 @@ Conditioned reward: an easy reward counts only where a hard one reaches a thresh
 
 Slots: advantage `gdpo`; shaping `conditioned` (7). Weights express priority, not units. Keep a KL in the loss: in the
 reward it would be standardised away.
+
+Use it when several rewards of different scale and difficulty are added, such as format, correctness and length. With one
+reward it is GRPO: not worth it there.
+
+Pitfalls: a reward that is nearly but not quite constant is blown up to unit variance: round it. An easy reward that
+outruns a hard one is better gated by it (`conditioned`) than weighted down. TRL's and verl's epsilons differ: one is added
+to the deviation, the other to the variance.
+
+Not the generalised DPO nor the graph diffusion method, which share the name.
 """
 
 from typing import Literal, Self

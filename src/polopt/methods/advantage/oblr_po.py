@@ -21,6 +21,13 @@ with a well tuned rate it is slower.
 
 Slots: advantage `oblr` (needs `old_score_sqnorm`, the logit-space proxy (5)); optimizer `snr` (needs one gradient per
 prompt, taken before clipping; its rate is the run's times S / (S + V)).
+
+Use it when rewards are noisy and the learning rate is a guess: a grid of rates then gives nearer results, and no run
+falls apart at a large one. Not with a well tuned rate and little noise, where the schedule is slower; the baseline alone
+mostly ties with the mean, its gain comes when actions are lopsided.
+
+Pitfalls: the weights of long trajectories are larger and dominate the plain baseline; the plain form has a bias of order
+1/G. Dividing by the group's deviation breaks the optimality. The factor multiplies any warm-up.
 """
 
 from typing import Any

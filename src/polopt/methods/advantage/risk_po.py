@@ -22,6 +22,13 @@ Form `paper` has no positive advantage; `baseline="mean"` subtracts the batch me
 a set join no bundle and have advantage 0.
 
 Slots: shaping `bundle` (signals `bundle`, `bundle_set`), advantage `risk_po` with state, surrogate `bundle_clip`.
+
+Use it when exploration should survive as accuracy rises and tasks have several right answers. Not where only one answer is
+right: entropy then ends at 0 whatever the method.
+
+Pitfalls: large bundles dilute credit (an answer pays for its neighbours), B = 1 loses the resolution. Form `paper` pushes
+every sampled answer down: take `baseline="mean"` for long runs. Deviations of scores go to 0 as they saturate, so do not
+divide by them late. The published tracker never carries its quantiles over; here they are carried, as in the paper.
 """
 
 from typing import Any, Literal, Self

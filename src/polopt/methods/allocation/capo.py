@@ -27,6 +27,16 @@ RECONSTRUCTED: other policies than a softmax over kept logits. Weight decay, cli
 current learning rate is. Suggestion: calibrate the thresholds at the 99th percentile of the first healthy iterations.
 
 Slots: selection, after the advantage; needs `old_features`, `old_kept_logits`, `old_kept_rows`, `old_action_row`.
+
+Use it when a learning rate or a batch is so aggressive that training collapses, and data are dear. Not at a conservative
+rate, where it rejects nothing and costs the features of every token.
+
+Pitfalls: thresholds of the two step models differ by orders of magnitude: never take over the other's. The first
+iteration has no moments and shifts of another size. `symmetric=false` rejects every predicted loss, under Adam a large
+share. A trajectory with one accepted token gives that token its whole weight. The objective test sees A, so rescaled
+advantages need other thresholds.
+
+Not the credit assignment method nor the prompt optimizer that are called CAPO too.
 """
 
 from typing import Any, Literal, NamedTuple

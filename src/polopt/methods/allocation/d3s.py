@@ -19,6 +19,12 @@ RECONSTRUCTED: the schedule's end points (N_s from a quarter of the group to all
 loss divides by the kept tokens (`denominator=selected` of the surrogate; `all` divides by all).
 
 Slots: selection, after the advantage; needs `old_entropy`.
+
+Use it when the update costs more than the rollouts and much of a batch is uninformative: it trains on a fraction of the
+tokens. Not to gain per update with Adam, which removes the larger gradient again; the gain is per token.
+
+Pitfalls: never normalise the advantages again after the selection, it would undo it; the update is biased relative to the
+full group, on purpose. Without the schedule the gain is lost late in training. Token scores need the exact entropy.
 """
 
 import math

@@ -19,6 +19,12 @@ for the fallback, and floors beyond the total, where the published code crashes.
 
 Slots: budget with state; the recipe clips advantages to 5 (one success of N has (N-1)/sqrt(N)) and averages over all
 tokens: with a mean per prompt larger groups would not take larger steps.
+
+Use it when prompts vary widely in difficulty and are visited several times: over half of a uniform batch has no gradient
+then. Not for a single epoch: estimates lag by one, and the first is uniform.
+
+Pitfalls: average over all tokens or samples, not per prompt, or larger groups change nothing. One success of many has an
+advantage of sqrt(N), hence the clip to 5. With no unsolved prompt the reference form gives the surplus to solved ones.
 """
 
 import heapq

@@ -15,11 +15,18 @@ repeated every few steps, that are not trained on.
 
 TDS is one of: 1 - self-BLEU of orders 1 to 3 (3, 4; the published code adds self-BLEU itself, against the paper), the
 share of distinct 3-grams, or the mean squared normalised edit distance. The uniform stream is one permutation of the pool
-with a cursor; too few entries left sends it back to the start, the rest is skipped (9). With min-max weights the least
-valued prompt is never drawn by the weighted part; `normalize="none"` weights by VPS itself, as the paper writes.
-RECONSTRUCTED: uniform draws when all weights are 0.
+with a cursor; too few entries left sends it back to the start, the rest is skipped; after a refresh it stands at B_r times
+the number of batches, modulo the pool (9). With min-max weights the least valued prompt is never drawn by the weighted
+part; `normalize="none"` weights by VPS itself, as the paper writes. RECONSTRUCTED: uniform draws when all weights are 0.
 
 Slots: sampler with state. Refreshing costs pool x n_s rollouts: count them when comparing.
+
+Use it when the pool holds many prompts that are solved always or never, and is small enough to be scored again and again.
+Not with a pool of many thousands of prompts: a refresh costs n_s rollouts of each.
+
+Pitfalls: the first reward is the correctness that is scored, not the total. With self-BLEU the diversity term reaches 1,
+the variance 1/4: alpha = beta lets diversity dominate. `momentum=1` freezes the first weights. A prompt may come twice in
+a batch, as two groups.
 """
 
 from collections import Counter
@@ -208,9 +215,10 @@ class VarianceAware(Sampler):
         self, pool_size: int, count: int, of_epoch: Callable[[int], torch.Generator], draw: Draw
     ) -> Int[Tensor, " P"]:
         weighted, uniform = split_counts(count, self.config.ratio)
-        taken, cursor = uniform_stream(
-            torch.randperm(pool_size, generator=of_epoch(0)), int(self.cursor), uniform
-        )
+        if int(self.calls) % self.config.update_every == 0:  # the scores have just been refreshed
+            self.cursor.fill_(int(self.calls) * uniform % pool_size)
+        permutation = torch.randperm(pool_size, generator=of_epoch(0))
+        taken, cursor = uniform_stream(permutation, int(self.cursor), uniform)
         self.cursor.fill_(cursor)
         self.calls += 1
         if not weighted:

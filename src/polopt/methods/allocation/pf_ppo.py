@@ -22,6 +22,13 @@ samples (`r_squared`, bin rule RECONSTRUCTED) tells beforehand which filter to u
 
 Slots: selection, before the advantage by default (statistics then match the data trained on; `whiten="after"` selects
 after it). The recipe is PPO with a critic and a KL in the reward.
+
+Use it with a learned reward model that is trusted at its extremes only, and pick the filter by R^2 beforehand. Not with
+exact rewards: there is no noise to filter, and best-of-N keeps no negative example at all.
+
+Pitfalls: with rewards of 0 and 1 most ranks are ties: set `skip_ties=true`. `pow` wants rewards centred at 0. Selecting
+after the advantages (`whiten="before"`) leaves a mean and about twice the variance. verl's `pf_ppo` takes the maximum over
+the whole batch instead of the prompt.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -43,14 +50,18 @@ from polopt.settings import Settings
 Strategy = Literal["br", "bw", "bon", "none", "pow", "top", "top_bottom"]
 
 
-def ranks_in_groups(rewards: Float[Tensor, " N"], groups: Groups) -> Int[Tensor, " N"]:
-    """Equation (2): place of each reward in its group, from 0, ascending, stable in the index."""
-    order = torch.argsort(rewards.double(), stable=True)
+def places_in_groups(order: Int[Tensor, " N"], groups: Groups) -> Int[Tensor, " N"]:
+    """Place of each sample among its group's, from 0, when the samples are gone through in this order."""
     order = order[torch.argsort(groups.index[order], stable=True)]
     start = groups.size.cumsum(0) - groups.size
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order)) - start[groups.index[order]]
     return place
+
+
+def ranks_in_groups(rewards: Float[Tensor, " N"], groups: Groups) -> Int[Tensor, " N"]:
+    """Equation (2): place of each reward in its group, from 0, ascending, stable in the index."""
+    return places_in_groups(torch.argsort(rewards.double(), stable=True), groups)
 
 
 def filter_weights(
@@ -87,15 +98,36 @@ def filter_weights(
         case "br":
             return torch.where(alone, 1.0, torch.where(best > 0, 0.5, 0.5 / (size - 1).clamp(min=1)))
         case "pow":
-            weight = rewards.double().abs() ** power
-            return (
-                weight / weight.sum()
-                if weight.sum() > 0
-                else torch.full_like(weight, 1 / max(1, len(weight)))
-            )
+            magnitude = rewards.double().abs()
+            if not magnitude.any():
+                return torch.full_like(magnitude, 1 / max(1, len(magnitude)))
+            weight = (
+                magnitude / magnitude.max()
+            ) ** power  # whatever the power, the largest does not overflow
+            return weight / weight.sum()
         case "top" | "top_bottom":
             kept = ((rewards >= high) | (rewards <= low) & (strategy == "top_bottom")).double()
             return kept / groups.broadcast(groups.sum(kept)).clamp(min=1)
+
+
+def drawn_shares(
+    weights: Float[Tensor, " N"], groups: Groups, draws: int, generator: torch.Generator
+) -> Float[Tensor, " N"]:
+    """Equation (4): share of each sample in `draws` draws from its group's weights, with replacement, float64.
+
+    Shares of a group sum to 1, or are 0 if all its weights are.
+    """
+    if not len(weights):
+        return weights.double()
+    place = places_in_groups(torch.arange(len(weights)), groups)
+    table = torch.zeros(len(groups.size), int(groups.size.max()), dtype=torch.float64)
+    table[groups.index, place] = weights.double()
+    some = table.sum(-1) > 0
+    if bool(some.any()):
+        chosen = torch.multinomial(table[some], draws, replacement=True, generator=generator)
+        once = torch.ones_like(chosen, dtype=torch.float64)
+        table[some] = torch.zeros_like(table[some]).scatter_add(1, chosen, once) / draws
+    return table[groups.index, place]
 
 
 class RSquared(NamedTuple):
@@ -181,39 +213,19 @@ class PolicyFiltration(Selection):
 
     def forward(self, batch: Batch, draw: Draw) -> Float[Tensor, "N 1"]:
         c, groups = self.config, Groups.of(batch.group)
-        outcome = (
-            batch.rewards.double().nan_to_num(nan=0.0).sum(-1)
-        )  # ranks know nothing of the KL in the reward
+        outcome = batch.rewards.double().nan_to_num(0.0).sum(-1)  # ranks know nothing of the KL in the reward
         weights = filter_weights(outcome, batch.group, c.strategy, power=c.power, high=c.high, low=c.low)
         if c.skip_ties:
             spread = groups.max(outcome) > groups.min(outcome)
             weights = torch.where(groups.broadcast(spread), weights, 0.0)
+        whole = c.strategy == "pow"  # one distribution over the batch instead of one for each group
+        if whole:
+            weights = weights / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
+        draws = (c.draws or (1 if c.strategy == "bon" else 2)) * (len(groups.size) if whole else 1)
         if c.mode == "resample":
-            weights = self._drawn(weights, groups, draw("pf_ppo"))
-        else:
-            weights = weights * groups.broadcast(groups.size)
-        return weights[:, None]
-
-    def _drawn(
-        self, weights: Float[Tensor, " N"], groups: Groups, draws: torch.Generator
-    ) -> Float[Tensor, " N"]:
-        """How often each sample is drawn, in units that keep the mean loss of a group."""
-        count = self.config.draws or (1 if self.config.strategy == "bon" else 2)
-        table = torch.zeros(
-            len(groups.size), int(groups.size.max()) if len(weights) else 0, dtype=torch.float64
-        )
-        order = torch.argsort(groups.index, stable=True)
-        place = torch.empty_like(order)
-        place[order] = torch.arange(len(order)) - (groups.size.cumsum(0) - groups.size)[groups.index[order]]
-        table[groups.index, place] = weights
-        drawn = torch.zeros_like(table)
-        some = table.sum(-1) > 0
-        if bool(some.any()):
-            chosen = torch.multinomial(table[some], count, replacement=True, generator=draws)
-            drawn[some] = torch.zeros_like(table[some]).scatter_add(
-                1, chosen, torch.ones_like(chosen, dtype=torch.float64)
-            )
-        return drawn[groups.index, place] * groups.broadcast(groups.size) / count
+            scope = Groups.of(torch.zeros_like(batch.group)) if whole else groups
+            weights = drawn_shares(weights, scope, draws, draw("pf_ppo"))
+        return (weights * groups.broadcast(groups.size) * (len(groups.size) if whole else 1))[:, None]
 
 
 @register_recipe("pf_ppo")

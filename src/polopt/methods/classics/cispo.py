@@ -15,6 +15,12 @@ paper takes 16 updates per rollout, the recipe 4; its average over the tokens of
 minibatch.
 
 Slots: surrogate; the advantage is GRPO's.
+
+Use it when several updates are taken per rollout and rare, decisive tokens must keep a gradient. With one update per
+rollout all weights are 1 and it is the token mean of REINFORCE: not worth it there.
+
+Pitfalls: nothing holds the policy near its data but the bounded weight, so keep the gradient clip and few updates. The
+loss's value says little, since its gradient is not the gradient of what is being raised.
 """
 
 from jaxtyping import Bool, Float

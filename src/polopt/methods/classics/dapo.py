@@ -16,6 +16,12 @@ A prompt counts as solved or unsolved by the rewards as they were measured, befo
 updates per rollout of 512 prompts; the recipe makes 4.
 
 Slots: sampler `dapo`, shaping `overlong`; the advantage is GRPO's, the surrogate PPO's.
+
+Use it when a large share of prompts is solved always or never and rollouts are cheap. Not where rollouts dominate the
+cost: prompts drawn anew are rollouts thrown away, so compare by rollouts and not by iterations.
+
+Pitfalls: `overlong` must know the real length limit (`--shaping overlong:max_length=512,cache=128`); at its default of
+20480 it never acts on short completions. What is missing after `rounds` rounds stays missing, and the batch is smaller.
 """
 
 from typing import Any, Self

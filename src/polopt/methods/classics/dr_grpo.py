@@ -13,6 +13,12 @@ C is a constant, the length limit in the paper's code: `--surrogate ppo:aggregat
 takes the longest trajectory of the minibatch.
 
 Slots: advantage (1); the surrogate is PPO's, averaged as in (2).
+
+Use it when GRPO's failures grow longer and longer, or prompts of extreme difficulty dominate. Not where rewards of prompts
+differ in scale: nothing levels them here.
+
+Pitfalls: without the division by the deviation advantages of 0/1 rewards are smaller (at most 1), so the learning rate is
+not GRPO's. Left to itself, C is the longest trajectory of the minibatch and moves: set it to the length limit.
 """
 
 from jaxtyping import Float

@@ -11,6 +11,13 @@ The mean reward of a prompt's own rollouts is the baseline, their standard devia
 
 Slots: advantage (1), surrogate PPO clip averaged per sequence (2), regularizer KL to the reference (k3). The recipe has
 beta = 0, as practice has settled since; `--regularizer kl:coef=0.04` is the paper's.
+
+Use it with verifiable rewards and several rollouts of each prompt: the default choice. Not with one rollout a prompt, which
+has no group and advantage 0, and not when the reward comes per step: that calls for a critic (`ppo`).
+
+Pitfalls: groups that all succeed or all fail teach nothing and waste rollouts (`dapo`, `copo`, `knapsack_rl`). A group
+with one success of many has a large advantage. The mean over each sequence favours short successes and long failures
+(`dr_grpo`).
 """
 
 from jaxtyping import Float, Int

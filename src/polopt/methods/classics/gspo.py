@@ -18,6 +18,12 @@ that a trajectory is kept or cut off as a whole and no single token's ratio adds
 gradient, but each decision may have its own advantage. With one decision a trajectory it is PPO's surrogate.
 
 Slots: surrogate; the advantage is GRPO's. The clip is two orders narrower than GRPO's, as the ratio is a mean.
+
+Use it with long completions, several updates per rollout, or routed experts, whose token ratios jump. With one update per
+rollout the ratio is 1 and it is GRPO: not worth it there.
+
+Pitfalls: the clip is in mean log-ratio: 0.2 would never act, and 3e-4 acts at once where PPO's would not. Small models and
+short completions move more per update and want it wider. That far more is cut off than by PPO's clip is intended.
 """
 
 from typing import Literal

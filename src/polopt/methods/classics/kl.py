@@ -5,6 +5,13 @@ with gradient. In the reward (RLHF practice, arXiv 1909.08593, eq. 2): each deci
 :math:`-\beta\,\hat{\mathrm{KL}}(\pi_{old} \| \pi_{ref})`, a constant. Estimators k1, k2, k3: `functional.divergence`.
 
 Slots: regularizer `kl`, shaping `kl`; both need `ref_logp`.
+
+Use it when the policy must stay near its start, as with a learned reward that can be gamed. Not with verifiable rewards
+and long training, where it holds learning back and costs an evaluation of the reference.
+
+Pitfalls: k1 in the loss has no gradient in expectation on policy; in the reward it is the unbiased one. The KL in the
+reward is added to the other rewards, so estimators that standardise each reward (GDPO) or filter groups by their
+outcome see it; keep it in the loss there.
 """
 
 from jaxtyping import Float

@@ -17,6 +17,12 @@ With a dual clip c (arXiv 1912.09729) the loss of a decision with A < 0 is at mo
 its last decision.
 
 Slots: advantage `gae` (1), which also provides `returns`; surrogate `ppo` (2); regularizer `value` (3).
+
+Use it when rewards come along the trajectory, with one trajectory per start state, and in control: the critic tells the
+decisions apart. Not for one verifiable reward per completion, where groups (`grpo`, `rloo`) give the baseline for free.
+
+Pitfalls: advantages are poor until the critic has learned; watch the value loss. With many epochs the clip stops bounding
+the policy, and what holds it is the learning rate. With gae_lambda below 1 credit for a late reward fades towards the start.
 """
 
 from typing import Self
@@ -150,4 +156,15 @@ def ppo() -> Method:
         surrogate=PPOClip(),
         regularizers=[ValueLoss()],
         defaults={"epochs": 4, "minibatches": 4},
+    )
+
+
+@register_recipe("ppo", domain="control")
+def ppo_control() -> Method:
+    """PPO with a critic on environments that live on: ten passes in 32 minibatches, discount 0.99."""
+    return Method(
+        advantage=GAE(gamma=0.99),
+        surrogate=PPOClip(),
+        regularizers=[ValueLoss()],
+        defaults={"prompts": 8, "rollouts": 1, "epochs": 10, "minibatches": 32},
     )

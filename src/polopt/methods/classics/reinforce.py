@@ -13,6 +13,12 @@ The moving average :math:`\bar R` is that of earlier iterations, so it depends o
 first. The batch's mean contains the trajectory's own reward, which shrinks the gradient by 1 - 1/N.
 
 Slots: advantage `reinforce` (1) with state (the average), surrogate `reinforce` (2).
+
+Use it as the plainest baseline and for unbiased gradients on fresh data. Not with several updates per rollout: there is no
+ratio, and stale data are taken as fresh.
+
+Pitfalls: one baseline for all prompts leaves the differences in difficulty in the gradient as noise: `rloo` has one for
+each. The sum over a trajectory's decisions makes long trajectories count more.
 """
 
 from typing import Any, Literal

@@ -10,6 +10,12 @@ The loss is REINFORCE's, summed over the decisions of a trajectory. The paper pa
 reward: `--shaping kl:coef=0.05`; the recipe does not.
 
 Slots: advantage.
+
+Use it for an unbiased gradient with a baseline per prompt and no tuning: fresh data, one update per rollout. Not with
+several updates per rollout: it has no ratio (`--surrogate ppo` gives it one).
+
+Pitfalls: advantages are in reward units, so rewards of different scale need another learning rate. With two rollouts it is
+the difference of two rewards and noisy; four to eight are usual. The loss sums over decisions: long completions count more.
 """
 
 from jaxtyping import Float, Int

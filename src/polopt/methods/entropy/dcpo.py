@@ -21,6 +21,12 @@ Not "Dynamic Clipping Policy Optimization", which shares the name.
 
 Slots: advantage transform with state (previous entropy); needs `old_tempered_logp`. Surrogate of the recipe: PPO with
 dual clip 3, no KL. Do not use it where every decision settles success: the indicator then kills the pull.
+
+Use it when GRPO's entropy runs down and right answers leave decisions free: it then settles at the set point. Not with
+unique answers written token by token.
+
+Pitfalls: the set point is in nats per decision as measured by the sampled log-probability; too high a one costs accuracy.
+The threshold is on the raw outcome, so with shaped rewards choose it. Under top-p the log-probability is not the sampler's.
 """
 
 from typing import Any

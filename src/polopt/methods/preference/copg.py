@@ -19,6 +19,13 @@ The log-ratio is a sum over tokens, never a mean, and rewards are not standardis
 what makes plain differentiation give (4). For very off-policy pairs and small beta, clip the gradient norm.
 
 Slots: surrogate; needs `ref_logp`, ignores `old_logp`. Stored completions with scores train as they are.
+
+Use it when completions with scores are already there, from whatever source, and the KL-regularised optimum is wanted. Not
+where only which of two is better is known, nor without a KL: beta is the temperature of the optimum.
+
+Pitfalls: never average log-probabilities over tokens and never standardise rewards: either changes the optimum. Small
+beta with far off-policy pairs makes targets far away: clip the gradient norm, not the ratio. Sum long completions in
+float32 or better.
 """
 
 from typing import Literal

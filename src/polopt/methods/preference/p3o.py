@@ -21,6 +21,14 @@ penalty (beta) is `--shaping kl`, which puts the same sum into the reward. Rewar
 the dependence on the shift back. On policy the gradient is RLOO's.
 
 Slots: surrogate. Advantage `rloo` in the recipe feeds diagnostics and selection only.
+
+Use it with rewards known up to a shift of each prompt, such as those of a model trained on comparisons. Not with long
+completions and many epochs: the ratio of whole sequences explodes.
+
+Pitfalls: keep few epochs per batch. A loss that averages tokens is no longer the one derived: the sum over tokens is
+inside. In V2 it is the change of the log-ratio difference that is clipped.
+
+Not "Policy-on Policy-off Policy Optimization" nor later methods called P3O.
 """
 
 from typing import Literal

@@ -21,6 +21,12 @@ At one update per rollout (ratio 1) it is GRPO. (E2) takes |A| to be centred at 
 estimator set alpha = 0. Compare with a static clip of the same average width, not only with 0.2.
 
 Slots: surrogate; the widths come from the whole iteration as the signal `clip_scale`.
+
+Use it where GRPO takes several updates per rollout and a wider clip helps but costs entropy. With one update per rollout
+it is GRPO: not worth it there.
+
+Pitfalls: the sample part alone (beta = 0) widens the interval of rare successes, mislabelled ones too: keep beta with
+noisy rewards. Compared with a static clip of 0.2 alone, part of the gain is a wider interval on average.
 """
 
 from typing import Literal, Self

@@ -16,14 +16,22 @@ than a smoothed median by the whole epsilon, lower the rest. GBPO regresses the 
 
 (B7) is the released code's target, whose value at a zero advantage is 1 only for equal widths; `exact_target` takes (B8),
 which is 1 there for any widths (derived from the stated properties). Standard deviations are unbiased, the median of an
-even group is the mean of its two middle values. A group of one has advantage 0 here; the official code gives it R.
+even group is the mean of its two middle values. A group of one has both signals 0; `singletons="reward"` is the official
+code, which takes 0 for its mean and median and 1 for its deviation, so that both are R.
 
 With binary rewards and a small tau the majority class of a group is anchored at ratio 1 and only the minority moves.
 
-Slots: advantage `gbpo` (both signals), surrogate `bounded_ratio`.
+Use it when many epochs or wide clips make a clipped method unstable: each decision has a target and no push beyond it.
+Not when rewards are binary and learning has to be fast: only half of each group moves.
+
+Pitfalls: the temperature is in units of the normalised reward; as it falls the target becomes a step, and rewards equal to
+the median keep the ratio at 1.
+
+Slots: advantage `gbpo` (both signals), surrogate `bounded_ratio`. The form with a critic is `bpo`.
 """
 
 import math
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -38,6 +46,8 @@ from polopt.method import Advantage, Method, Surrogate
 from polopt.registry import register, register_recipe
 from polopt.settings import Settings
 
+Singletons = Literal["zero", "reward"]
+
 
 def group_median(values: Float[Tensor, " N"], groups: Groups) -> Float[Tensor, " P"]:
     """Median of each group, the mean of the two middle values in an even one; float64."""
@@ -49,15 +59,29 @@ def group_median(values: Float[Tensor, " N"], groups: Groups) -> Float[Tensor, "
 
 
 def mean_and_median_advantages(
-    outcome: Float[Tensor, " N"], group: Int[Tensor, " N"], eps: float = 1e-6, norm_by_std: bool = True
+    outcome: Float[Tensor, " N"],
+    group: Int[Tensor, " N"],
+    eps: float = 1e-6,
+    norm_by_std: bool = True,
+    singletons: Singletons = "zero",
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
-    """Equation (B7): deviations from the mean and from the median of the group, in its standard deviations; 0 for one."""
+    """Equation (B7): deviations from the mean and from the median of the group, in its standard deviations.
+
+    In a group of one both are 0, or with "reward" the reward over 1 + eps.
+    """
     groups = Groups.of(group)
     scale = (
         groups.broadcast(groups.std(outcome)) + eps if norm_by_std else torch.ones((), dtype=torch.float64)
     )
     from_median = outcome.double() - groups.broadcast(group_median(outcome, groups))
-    return groups.centre(outcome) / scale, from_median / scale
+    from_mean = groups.centre(outcome)
+    if singletons == "reward":
+        alone = groups.broadcast(groups.size) == 1
+        from_mean, from_median = (
+            torch.where(alone, outcome.double(), signal) for signal in (from_mean, from_median)
+        )
+        scale = torch.where(alone & norm_by_std, 1 + eps, scale)
+    return from_mean / scale, from_median / scale
 
 
 def target_ratio(
@@ -66,6 +90,13 @@ def target_ratio(
     """The optimal ratio: equation (B7) of the target advantage over its temperature, or (B8) if `exact`."""
     shift = math.log(width_low / width_high) if exact else 0.0
     return 1 - width_low + (width_high + width_low) * torch.sigmoid(signal + shift)
+
+
+def bounded_ratio_loss(
+    ratio: Float[Tensor, "*shape"], target: Float[Tensor, "*#shape"], advantages: Float[Tensor, "*shape"]
+) -> Float[Tensor, "*shape"]:
+    """Equation (B5) of each decision: distance of the ratio to its target, weighted by the size of the advantage."""
+    return (ratio - target).abs() * advantages.abs()
 
 
 @register("gbpo")
@@ -81,6 +112,8 @@ class MeanAndMedian(Advantage):
         """Added to the standard deviation, in reward units."""
         norm_by_std: bool = True
         """Divide both signals by the group's standard deviation."""
+        singletons: Singletons = "zero"
+        """Signals of a group of one: "zero", or the "reward" itself as in the official code."""
 
     def forward(self, batch: Batch) -> Float[Tensor, "N 1"]:
         return mean_and_median_advantages(batch.outcome(), batch.group, **dict(self.config))[0][:, None]
@@ -119,7 +152,7 @@ class BoundedRatio(Surrogate):
 
     def decision_loss(self, evaluation: Evaluation, batch: Batch) -> Float[Tensor, "N T"]:
         ratio = log_ratio(evaluation.logp, batch.old_logp, batch.mask).exp()
-        return zero_outside((ratio - self.target(batch)).abs() * batch.advantages.abs(), batch.mask)
+        return zero_outside(bounded_ratio_loss(ratio, self.target(batch), batch.advantages), batch.mask)
 
     def clipped(self, evaluation: Evaluation, batch: Batch) -> Bool[Tensor, "N T"]:
         ratio = log_ratio(evaluation.logp, batch.old_logp, batch.mask).exp()

@@ -18,6 +18,12 @@ The weight at ratio 1 is 0.265 with the defaults, not 1: with plain SGD the lear
 decision's gradient by e^c |A|, but not the total drift.
 
 Slots: surrogate. Aggregation `sequence_mean` (paper); a public port uses `token_mean`.
+
+Use it with stale data or many updates per rollout, where unbounded ratios of bad decisions ruin clipped GRPO. Not on
+policy with very large steps: it bounds each gradient, not where they lead, and entropy may go early.
+
+Pitfalls: gradient norms are about a quarter of GRPO's; compare them divided by 0.265. One public digest adds the hazards
+to the loss instead of damping the weight: another method. Softplus is not 0 at 0, so both hazards always act.
 """
 
 from typing import NamedTuple

@@ -19,6 +19,12 @@ the paper's. `eta_lambda=0,lam=0.04` is the fixed multiplier of two public re-im
 replays earlier iterations against their own behaviour log-probabilities (`replay` iterations).
 
 Slots: surrogate with state (the multiplier).
+
+Use it to reuse several old batches (`replay`), where a clip throws most of them away and no control collapses. Not with
+delta below the variance that stale data have anyway: the multiplier then grows and learning stalls.
+
+Pitfalls: a replayed trajectory keeps the log-probabilities of the policy that made it. While the constraint is slack the
+multiplier is 0 and nothing limits a step: keep gradients clipped. Recompute `delta` when the replay gets longer.
 """
 
 from typing import Any

@@ -1,0 +1,84 @@
+"""The control domain on the command line: Gymnasium environments."""
+
+import os
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from polopt.config import RunConfig
+from polopt.errors import ConfigError, MissingExtraError
+from polopt.settings import parse_options
+
+if TYPE_CHECKING:
+    from polopt.cli.estimate import Estimate
+    from polopt.control.actor import ControlActor
+    from polopt.control.task import ControlTask
+    from polopt.method import Method
+
+_LISTED = ("CartPole-v1", "Acrobot-v1", "Pendulum-v1", "HalfCheetah-v5", "Hopper-v5", "Walker2d-v5")
+"""Environments of other packages that `polopt tasks` names; any Gymnasium id will do."""
+
+
+class ControlDomain:
+    """Policies over the actions of Gymnasium environments."""
+
+    def require(self, config: RunConfig) -> None:
+        """Gymnasium, and settings that one process alone can have."""
+        if find_spec("gymnasium") is None:
+            raise MissingExtraError(
+                "domain = 'control': needs gymnasium, which is not installed: pip install \"polopt[control]\""
+            )
+        if config.reward:
+            raise ConfigError(f"reward = {config.reward[0]!r}: an environment has its own reward alone")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and config.control.restore == "replay":
+            raise ConfigError(
+                "control.restore = 'replay': episodes under way are repeated by one process alone; with several set 'reset'"
+            )
+
+    def provides(self) -> frozenset[str]:
+        """Everything that some environment's policy can be asked for; the actor refuses what its own cannot."""
+        from polopt.batch import EVALUATED
+
+        carried = {"old_entropy", "old_value", "old_median", "last_value", "step_rewards", "state_action"}
+        return EVALUATED | carried | {"terminated", "truncated", "scores", "decision_scores"}
+
+    def task(self, config: RunConfig) -> "ControlTask":
+        """The environment."""
+        from polopt.control.task import ControlTask
+
+        given = config.task_options.items()
+        texts = ",".join(f"{name}={value}" for name, value in given if isinstance(value, str))
+        options = {**config.task_options, **parse_options(texts, texts)}
+        return ControlTask(config.task, config.control, options)
+
+    def actor(self, config: RunConfig, task: "ControlTask", method: "Method") -> "ControlActor":
+        """Networks from scratch."""
+        from polopt.control.actor import ControlActor
+
+        return ControlActor(task, config.control, method.requires, config.trainer.seed)
+
+    def estimate(self, config: RunConfig, task: "ControlTask", method: "Method") -> "Estimate":
+        """See `polopt.cli.estimate`."""
+        from polopt.cli.estimate import estimate_control
+
+        return estimate_control(config, task, self.actor(config, task, method))
+
+    def tasks(self) -> list[dict[str, Any]]:
+        """polopt's own environments, and a few of others."""
+        if find_spec("gymnasium") is None:
+            return []
+        from polopt.control.vector import gymnasium
+
+        registered = gymnasium().registry
+        own = sorted(name for name in registered if name.startswith("polopt/"))
+        return [self._entry(name, name in registered) for name in (*own, *_LISTED)]
+
+    @staticmethod
+    def _entry(name: str, available: bool) -> dict[str, Any]:
+        summary = "environment of polopt" if name.startswith("polopt/") else "Gymnasium environment"
+        return {
+            "spec": name,
+            "kind": "gymnasium",
+            "summary": summary,
+            "available": available,
+            "parameters": [],
+        }

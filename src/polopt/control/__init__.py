@@ -1,0 +1,1 @@
+"""Gymnasium environments: policies over actions, collectors, tasks."""

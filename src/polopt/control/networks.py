@@ -1,0 +1,179 @@
+"""Networks of policy and critics, and the running moments that normalise what they see."""
+
+import math
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from polopt.control.config import ControlConfig
+from polopt.control.distributions import LOG_STD_RANGE, ActionDistribution
+
+ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU}
+_CLIP = 10.0
+_POLICY_GAIN = 0.01
+"""Gain of the policy's last layer: the first actions hardly depend on the observation."""
+
+
+class RunningMoments(nn.Module):
+    """Mean and variance of everything seen so far, merged batch by batch (Chan et al., 1979).
+
+    Args:
+        shape: of one value.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    count: Tensor
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
+        self.register_buffer("variance", torch.ones(shape, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+
+    def update(self, values: Float[Tensor, "D *shape"]) -> None:
+        """See further values; none changes nothing."""
+        if not len(values):
+            return
+        values = values.double()
+        mean, variance = values.mean(0), values.var(0, correction=0)
+        total = self.count + len(values)
+        delta = mean - self.mean
+        spread = self.variance * self.count + variance * len(values)
+        self.variance.copy_((spread + delta.square() * self.count * len(values) / total) / total)
+        self.mean += delta * len(values) / total
+        self.count.copy_(total)
+
+    def standardize(self, values: Tensor) -> Tensor:
+        """(values - mean) / std, clipped at 10, in the precision of `values`."""
+        deviation = (self.variance + 1e-8).sqrt()
+        return ((values - self.mean) / deviation).clamp(-_CLIP, _CLIP).to(values.dtype)
+
+    def scale(self, values: Tensor) -> Tensor:
+        """values / std, clipped at 10, in the precision of `values`."""
+        return (values / (self.variance + 1e-8).sqrt()).clamp(-_CLIP, _CLIP).to(values.dtype)
+
+
+class ControlNetworks(nn.Module):
+    """A policy and, if asked for, a critic and a median critic, each with layers of its own.
+
+    Images (three-dimensional observations) are seen through one convolutional network that all share.
+
+    Args:
+        observation: shape of an observation.
+        distribution: of the actions.
+        config: widths, nonlinearity, standard deviation, normalisation.
+        critics: which of "value" and "median" to have.
+    """
+
+    def __init__(
+        self,
+        observation: tuple[int, ...],
+        distribution: ActionDistribution,
+        config: ControlConfig,
+        critics: frozenset[str],
+    ) -> None:
+        super().__init__()
+        self.image = len(observation) == 3
+        self.convolution = _convolution(observation) if self.image else nn.Flatten(-len(observation))
+        size = _features(self.convolution, observation) if self.image else math.prod(observation)
+        self.own_std = not distribution.discrete and not config.state_dependent_std
+        self.bounded_std = not distribution.discrete and config.state_dependent_std
+        width = distribution.outputs // 2 if self.own_std else distribution.outputs
+        self.trunk = _layers(size, config)
+        self.policy = _linear(config.hidden[-1], width, _POLICY_GAIN)
+        self.log_std = nn.Parameter(torch.full((width,), config.log_std)) if self.own_std else None
+        if self.bounded_std:
+            nn.init.constant_(self.policy.bias[width // 2 :], config.log_std)
+        self.value_trunk = _layers(size, config) if critics else None
+        self.value = _linear(config.hidden[-1], 1, 1.0) if "value" in critics else None
+        self.median = (
+            nn.Sequential(
+                _linear(config.hidden[-1], config.hidden[-1], math.sqrt(2)),
+                ACTIVATIONS[config.activation](),
+                _linear(config.hidden[-1], 1, 1.0),
+            )
+            if "median" in critics
+            else None
+        )
+        self.observation_moments = RunningMoments(observation) if config.normalize_observations else None
+        self.return_moments = RunningMoments(()) if config.normalize_rewards else None
+
+    def seen(self, observation: Tensor) -> Tensor:
+        """What the networks take of a raw observation."""
+        if self.observation_moments is not None:
+            return self.observation_moments.standardize(observation)
+        return observation
+
+    def encode(self, observation: Float[Tensor, "D *shape"]) -> Float[Tensor, "D F"]:
+        """Input of the layers of policy and critic."""
+        if not self.image:
+            return self.convolution(observation)
+        if observation.shape[-1] in (1, 3, 4):
+            observation = observation.movedim(-1, -3)
+        return self.convolution(observation)
+
+    def distribution_outputs(self, encoded: Float[Tensor, "D F"]) -> tuple[Tensor, Tensor]:
+        """Outputs [D, P] for the action distribution, and the features [D, H] they are linear in."""
+        features = self.trunk(encoded)
+        outputs = self.policy(features)
+        if self.log_std is not None:
+            outputs = torch.cat([outputs, self.log_std.expand_as(outputs)], -1)
+        elif self.bounded_std:
+            mean, log_std = outputs.chunk(2, -1)
+            outputs = torch.cat([mean, log_std.clamp(*LOG_STD_RANGE)], -1)
+        return outputs, features
+
+    def values(self, encoded: Float[Tensor, "D F"], which: frozenset[str]) -> dict[str, Float[Tensor, " D"]]:
+        """The critics named in `which`, in reward units."""
+        if not which or self.value_trunk is None:
+            return {}
+        features = self.value_trunk(encoded)
+        heads: dict[str, Any] = {"value": self.value, "median": self.median}
+        return {name: heads[name](features)[:, 0] for name in sorted(which)}
+
+
+def _layers(size: int, config: ControlConfig) -> nn.Sequential:
+    widths = [size, *config.hidden]
+    layers: list[nn.Module] = []
+    for before, after in zip(widths, widths[1:], strict=False):
+        layers += [_linear(before, after, math.sqrt(2)), ACTIVATIONS[config.activation]()]
+    return nn.Sequential(*layers)
+
+
+def _linear(before: int, after: int, gain: float) -> nn.Linear:
+    layer = nn.Linear(before, after)
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class _Scaled(nn.Module):
+    """Pixels in [0, 255] as numbers in [0, 1]."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return pixels / 255.0
+
+
+def _convolution(observation: tuple[int, ...]) -> nn.Sequential:
+    """The network of Mnih et al. (Nature, 2015) for 84 x 84 images; smaller strides for smaller images."""
+    channels_last = observation[-1] in (1, 3, 4)
+    channels = observation[-1] if channels_last else observation[0]
+    smallest = min(observation[:2] if channels_last else observation[1:])
+    shapes = [(32, 8, 4), (64, 4, 2), (64, 3, 1)] if smallest >= 36 else [(32, 3, 1), (64, 3, 2)]
+    layers: list[nn.Module] = [_Scaled()]
+    for width, kernel, stride in shapes:
+        layers += [nn.Conv2d(channels, width, kernel, stride), nn.ReLU()]
+        nn.init.orthogonal_(layers[-2].weight, math.sqrt(2))  # pyright: ignore[reportArgumentType]
+        channels = width
+    return nn.Sequential(*layers, nn.Flatten())
+
+
+def _features(convolution: nn.Module, observation: tuple[int, ...]) -> int:
+    example = torch.zeros(1, *observation)
+    if observation[-1] in (1, 3, 4):
+        example = example.movedim(-1, -3)
+    with torch.no_grad():
+        return convolution(example).shape[-1]

@@ -1,0 +1,1 @@
+"""What runs show: learning curves, statistics over seeds, tables and figures."""
