@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import polopt
 from polopt.batch import Batch
@@ -71,8 +70,9 @@ class Timed(polopt.Trainer):
 
         self.actor.evaluate = counted
         started = time.process_time()
-        self.iterate()
+        metrics, _ = self.iterate()
         total = time.process_time() - started
+        self.seconds["kept_tokens"] /= metrics["tokens"]
         self.actor.evaluate = evaluate
         return {"rows": self.rows, "iteration": total, **self.seconds}
 
@@ -80,8 +80,7 @@ class Timed(polopt.Trainer):
         return self._clocked("evaluation", super()._with_evaluations, batch)
 
     def _update(self, batch: Batch) -> Any:
-        kept: Tensor = batch.weights * batch.mask
-        self.seconds["kept_tokens"] = float((kept > 0).sum() / batch.mask.sum())
+        self.seconds["kept_tokens"] = float((batch.mask & (batch.weights > 0)).sum())
         return self._clocked("update", super()._update, batch)
 
     def _clocked(self, name: str, work: Callable[[Batch], Any], batch: Batch) -> Any:
@@ -107,7 +106,7 @@ def main() -> None:
     parser.add_argument("--model", default="tiny:4x128")
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--rollouts", type=int, default=8)
-    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--repetitions", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="where the results go, JSON")

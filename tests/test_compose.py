@@ -34,7 +34,7 @@ def specs(slot: str, transforms: bool | None = None) -> list[str]:
     return [OPTIONS.get(name, name) for name in found]
 
 
-ESTIMATOR_OF = {"blended": "copo", "bounded_ratio": "gbpo", "value": "gae"}
+ESTIMATOR_OF = {"blended": "copo", "bounded_ratio": "gbpo", "value": "gae", "bpo": "gae", "median": "gae"}
 """Losses that need the signals of one estimator."""
 
 

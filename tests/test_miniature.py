@@ -25,11 +25,16 @@ def rollout(task: SumModTask, prompts: int, count: int, **options: Any) -> Any:
 
 def test_sums_must_be_right_after_each_part_that_is_asked_for() -> None:
     task = SumModTask(modulus=5, length=2, parts=2, second_reward=True)
-    tokens = torch.tensor([[1, 2, 4, 1], [1, 2, 4, 0], [2, 2, 3, 1], [2, 2, 3, 1]])
-    goals, parts = torch.tensor([3, 3, 3, 3]), torch.tensor([2, 2, 2, 1])
-    assert task.rewards(tokens, goals, parts).tolist() == [[1, 0], [0, 0], [0, 1], [0, 1]]
-    right_once = torch.tensor([[1, 2, 0, 1]])
-    assert task.rewards(right_once, goals[:1], torch.tensor([1]))[0, 0] == 1
+    tokens = torch.tensor([[1, 2, 4, 1], [1, 2, 4, 0], [2, 1, 3, 2], [2, 2, 3, 1]])
+    prompts = torch.tensor([3, 8, 13, 3])  # the goal is 3
+    assert task.rewards(tokens, prompts).tolist() == [[1, 0], [0, 0], [1, 1], [0, 1]]
+
+
+def test_parts_that_a_prompt_does_not_ask_for_do_not_count() -> None:
+    task = SumModTask(modulus=5, length=2, parts=2, mixed=True)
+    prompts = torch.tensor([3, 8])  # the goal is 3, in two parts and in one
+    assert task.parts(prompts).tolist() == [2, 1]
+    assert task.rewards(torch.tensor([[1, 2, 0, 1], [1, 2, 0, 0]]), prompts).tolist() == [[0], [1]]
 
 
 def test_mixed_prompts_ask_for_all_numbers_of_parts_with_every_goal() -> None:

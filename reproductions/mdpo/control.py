@@ -26,8 +26,8 @@ CONTROL: dict[str, Any] = {
 }  # fmt: skip
 METHODS: dict[str, dict[str, Any]] = {
     "ppo": {"name": "ppo", "advantage": "gae:gamma=0.99"},
-    "mdpo": {"name": "mdpo_control"},
-    "mdpo, constant t": {"name": "mdpo_control", "surrogate": "mdpo:kl=exact,schedule=constant"},
+    "mdpo": {"name": "mdpo", "domain": "control"},
+    "mdpo, constant t": {"name": "mdpo", "domain": "control", "surrogate": "mdpo:kl=exact,schedule=constant"},
 }
 
 

@@ -63,13 +63,11 @@ class SumModTask(Task):
         """How many parts each prompt asks for."""
         return self.most_parts - (prompt_ids // self.modulus) % self.levels
 
-    def rewards(
-        self, tokens: Int[Tensor, "N T"], goals: Int[Tensor, " N"], parts: Int[Tensor, " N"]
-    ) -> Float[Tensor, "N K"]:
+    def rewards(self, tokens: Int[Tensor, "N T"], prompt_ids: Int[Tensor, " N"]) -> Float[Tensor, "N K"]:
         """1 where after each part the sum of the tokens leaves the goal; 1 where the first token is even."""
         sums = tokens.cumsum(-1)[:, self.part_length - 1 :: self.part_length] % self.modulus
-        asked = torch.arange(self.most_parts) < parts[:, None]
-        right = ((sums == goals[:, None]) | ~asked).all(-1)
+        asked = torch.arange(self.most_parts) < self.parts(prompt_ids)[:, None]
+        right = ((sums == self.goals(prompt_ids)[:, None]) | ~asked).all(-1)
         even = tokens[:, 0] % 2 == 0
         return torch.stack([right, even][: len(self.reward_names)], -1).double()
 
@@ -138,7 +136,7 @@ class SumModActor:
         batch = Batch(
             mask=mask,
             old_logp=torch.zeros(count, self.length),
-            rewards=task.rewards(tokens, goals, parts),
+            rewards=task.rewards(tokens, plan.prompt_ids[index]),
             group=index,
             prompt_id=plan.prompt_ids[index],
             terminated=torch.ones(count, dtype=torch.bool),

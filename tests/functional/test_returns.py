@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from polopt.batch import Batch
-from polopt.functional.returns import generalized_advantages, outcome_at_last, rewards_to_go
+from polopt.functional.returns import discounted_sums, generalized_advantages, outcome_at_last, rewards_to_go
 from polopt.testing import batches
 
 FIELDS = frozenset({"step_rewards", "old_value", "last_value"})
@@ -87,3 +87,12 @@ def test_nothing_has_no_advantage(shape: tuple[int, int]) -> None:
     found = generalized_advantages(empty, empty, torch.zeros(shape[0]), empty.bool(), 1.0, 1.0)
     assert found.shape == shape
     assert rewards_to_go(empty, empty.bool()).shape == shape
+
+
+@pytest.mark.parametrize("width", [0, 1, 63, 64, 65, 200])
+@pytest.mark.parametrize("discount", [0.0, 0.97, 1.0])
+def test_discounted_sums_obey_their_recurrence_across_blocks(width: int, discount: float) -> None:
+    values = torch.randn(3, width, generator=torch.Generator().manual_seed(width), dtype=torch.float64)
+    sums = discounted_sums(values, discount)
+    following = torch.cat([sums[:, 1:], values.new_zeros(3, min(1, width))], 1)
+    assert_close(sums, values + discount * following, rtol=1e-12, atol=1e-12)

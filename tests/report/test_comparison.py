@@ -11,7 +11,16 @@ import pytest
 
 from polopt.errors import MissingExtraError
 from polopt.report import figure
-from polopt.report.comparison import Run, curves_csv, markdown, measure, results_csv, results_json, summarize
+from polopt.report.comparison import (
+    POINTS,
+    Run,
+    curves_csv,
+    markdown,
+    measure,
+    results_csv,
+    results_json,
+    summarize,
+)
 from polopt.report.curves import Curve
 from polopt.report.statistics import bootstrap_band
 
@@ -82,9 +91,9 @@ def test_files_are_strict_and_complete() -> None:
     assert len(found["runs"]) == 12 and len(found["summary"]) == 6 and found["budget"] == BUDGET
     lines = list(csv.DictReader(io.StringIO(results_csv(runs))))
     assert len(lines) == 12 and {line["crossing"] for line in lines if line["task"] == "hard"} == {""}
-    bands = {("easy", "base"): bootstrap_band([r.curve.at(np.linspace(0, 100, 41)) for r in runs[:3]])}
+    bands = {("easy", "base"): bootstrap_band([r.curve.at(np.linspace(0, 100, POINTS)) for r in runs[:3]])}
     points = list(csv.DictReader(io.StringIO(curves_csv(bands, BUDGET))))
-    assert len(points) == 41 and float(points[-1]["used"]) == BUDGET and float(points[0]["score"]) == 0
+    assert len(points) == POINTS and float(points[-1]["used"]) == BUDGET and float(points[0]["score"]) == 0
 
 
 def test_figure_has_a_panel_for_each_method(tmp_path: Path) -> None:

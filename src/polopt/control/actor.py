@@ -166,7 +166,7 @@ class ControlActor:
         }
         if self.module.observation_moments is not None:
             payload["raw_observation"] = raw
-        if "discounted" in rows.columns:
+        if self.module.return_moments is not None:
             payload["discounted"] = rows.columns["discounted"]
         reward = rows.columns["reward"].double()
         if self.module.return_moments is not None:
@@ -218,11 +218,13 @@ class ControlActor:
         return found
 
     def _samples(self, batch: Batch) -> list[dict[str, Any]]:
-        names = ("episode_return", "episode_length")
-        shown = batch.payload.select(*names)[:3]
+        shown = [(int(row.prompt_id), row.payload) for row in batch[:3].unbind(0)]
         return [
-            {"start": int(batch.prompt_id[i]), **{name: float(shown[name][i]) for name in names}}
-            for i in range(len(shown))
+            {
+                "prompt": f"start state {start}",
+                "completion": f"return {float(payload['episode_return']):.6g} in {payload['episode_length']:.0f} steps",
+            }
+            for start, payload in shown
         ]
 
 

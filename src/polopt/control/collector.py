@@ -138,7 +138,12 @@ class Collector:
             made = environments.step(self.distribution.to_environment(action))
             totals = self._totals(running.add, made)
             recording.add(
-                row.copy(), observation=before, action=action, reward=made.reward, **self._infos(made)
+                row.copy(),
+                observation=before,
+                action=action,
+                reward=made.reward,
+                discounted=running.add("discounted", made.reward, self.gamma),
+                **self._infos(made),
             )
             observation = made.observation
             done = made.terminated | made.truncated
@@ -183,22 +188,18 @@ class Collector:
         ends: dict[int, tuple[bool, bool]],
         sums: dict[int, dict[str, float]],
     ) -> Collected:
-        rows = recording.rows(count)
-        ended = [ends.get(number, (False, False)) for number in range(count)]
-        names = ("return", "length", *self.info)
-        episode = {
-            name: torch.tensor(
-                [sums[number][name] if number in sums else torch.nan for number in range(count)]
-            )
-            for name in names
-        }
+        rows, kept = recording.rows(count).without_empty()
+        numbers = kept.tolist()
+        ended = [ends.get(number, (False, False)) for number in numbers]
+        unknown = dict.fromkeys(("return", "length", *self.info), torch.nan)
+        of_episode = [sums.get(number, unknown) for number in numbers]
         return Collected(
             rows,
-            torch.from_numpy(np.stack([final[number] for number in range(count)])),
+            torch.from_numpy(np.stack([final[number] for number in numbers])),
             torch.tensor([e[0] for e in ended]),
             torch.tensor([e[1] for e in ended]),
-            episode,
-            torch.from_numpy(lane),
+            {name: torch.tensor([episode[name] for episode in of_episode]) for name in unknown},
+            torch.from_numpy(lane)[kept],
         )
 
 
@@ -209,9 +210,9 @@ class _Totals:
         self._count = count
         self._sums: dict[str, Array] = {}
 
-    def add(self, name: str, values: Array) -> Array:
-        self._sums[name] = self._sums.get(name, np.zeros(self._count)) + values
-        return self._sums[name]
+    def add(self, name: str, values: Array, decay: float = 1.0) -> Array:
+        self._sums[name] = decay * self._sums.get(name, np.zeros(self._count)) + values
+        return self._sums[name].copy()
 
     def clear(self, which: Array) -> None:
         for total in self._sums.values():

@@ -56,10 +56,10 @@ class Rows:
     columns: dict[str, Tensor]
     """[N, T, ...] by name."""
 
-    def last(self, name: str) -> Tensor:
-        """The value of each trajectory's last step, [N, ...]."""
-        at = (self.mask.sum(-1) - 1).clamp(min=0)
-        return self.columns[name][torch.arange(len(at)), at]
+    def without_empty(self) -> "tuple[Rows, Tensor]":
+        """The trajectories that have steps, and their numbers."""
+        kept = self.mask.any(-1).nonzero()[:, 0]
+        return Rows(self.mask[kept], {name: column[kept] for name, column in self.columns.items()}), kept
 
 
 class Noise:

@@ -43,7 +43,7 @@ def generalized_advantages(
     following = values.roll(-1, 1).scatter(1, (length - 1).clamp(min=0), last_value[:, None].to(values))
     counted = torch.arange(mask.shape[1], device=mask.device) < length
     errors = zero_outside(rewards + gamma * following - values, counted)
-    advantages = _discounted_sums(errors, gamma * gae_lambda)
+    advantages = discounted_sums(errors, gamma * gae_lambda)
     if gaps:
         advantages = advantages.gather(1, place.clamp(min=0))
     return zero_outside(advantages, mask)
@@ -56,9 +56,11 @@ def _packed(
     return values.new_zeros(len(values), width + 1).scatter(1, place.where(mask, width), values)[:, :width]
 
 
-def _discounted_sums(values: Float[Tensor, "N T"], discount: float, block: int = 64) -> Float[Tensor, "N T"]:
+def discounted_sums(values: Float[Tensor, "N T"], discount: float, block: int = 64) -> Float[Tensor, "N T"]:
     """s_t = x_t + discount s_{t+1} along each row: inside blocks as one product, from block to block in turn."""
     rows, width = values.shape
+    if not values.numel():
+        return values
     blocks = pad(values, (0, -width % block)).view(rows, -1, block)
     step = torch.arange(block, dtype=values.dtype, device=values.device)
     apart = step[:, None] - step

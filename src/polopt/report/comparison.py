@@ -15,7 +15,7 @@ from polopt.report.statistics import Interval, bootstrap
 
 MEASURES = ("area", "score", "crossing", "entropy", "cpu_seconds")
 OVERALL = "all tasks"
-POINTS = 41
+POINTS = 21
 """Points of a learning curve in figures and files, from nothing to the whole budget."""
 
 
@@ -197,25 +197,26 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def results_json(rows: Sequence[Row], runs: Sequence[Run], **further: Any) -> str:
-    """Everything as strict JSON; what is not finite is null."""
+    """Everything as strict JSON, to six digits; what is not finite is null."""
     plain = [{name: value for name, value in vars(run).items() if name != "curve"} for run in runs]
     found = {**further, "summary": [asdict(row) for row in rows], "runs": plain}
-    return json.dumps(_finite(found), indent=1, allow_nan=False) + "\n"
+    return json.dumps(_plain(found), indent=1, allow_nan=False) + "\n"
 
 
-def _finite(value: Any) -> Any:
+def _plain(value: Any) -> Any:
     if isinstance(value, dict):
-        return {str(name): _finite(item) for name, item in value.items()}
+        return {str(name): _plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
 
 
 def results_csv(runs: Sequence[Run]) -> str:
     """One line for each run; a threshold that was never reached is left empty."""
     names = [name for name in Run.__dataclass_fields__ if name != "curve"]
-    cells = [[getattr(run, name) for name in names] for run in runs]
-    return _csv(names, [["" if c != c or c == math.inf else c for c in row] for row in cells])
+    return _csv(names, [[_plain(getattr(run, name)) for name in names] for run in runs])
 
 
 def curves_csv(bands: dict[tuple[str, str], np.ndarray], budget: float) -> str:

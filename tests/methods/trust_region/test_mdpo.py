@@ -312,9 +312,9 @@ def test_advantages_of_a_batch_without_variance_are_zero_and_others_standard() -
     assert found.square().mean().item() == pytest.approx(1, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["mdpo", "mdpo_control"])
-def test_recipes_pass_the_battery(name: str) -> None:
-    check_method(name)
+@pytest.mark.parametrize("domain", [None, "control"])
+def test_both_forms_pass_the_battery(domain: str | None) -> None:
+    check_method(polopt.recipe("mdpo", domain))
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ from torch import Tensor
 
 from polopt.batch import Batch, Evaluation
 from polopt.functional.masked import zero_outside
-from polopt.functional.returns import outcome_at_last
+from polopt.functional.returns import discounted_sums, outcome_at_last
 from polopt.method import Advantage, Method, Regularizer
 from polopt.methods.classics.reinforce import ScoreFunction
 from polopt.registry import register, register_recipe
@@ -52,12 +52,7 @@ def gains_to_go(
     gains: Float[Tensor, "N T"], mask: Bool[Tensor, "N T"], discount: float = 1.0
 ) -> Float[Tensor, "N T"]:
     """W of equation (2), float64, 0 outside the mask. A masked step adds nothing but takes its time."""
-    gains = zero_outside(gains.double(), mask)
-    total, columns = gains.new_zeros(len(gains)), []
-    for step in reversed(range(gains.shape[1])):
-        total = gains[:, step] + discount * total
-        columns.append(total)
-    return zero_outside(torch.stack(columns[::-1], 1), mask) if columns else gains
+    return zero_outside(discounted_sums(zero_outside(gains.double(), mask), discount), mask)
 
 
 def prefix_weights(

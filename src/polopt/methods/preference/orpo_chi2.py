@@ -381,7 +381,7 @@ def orpo_chi2() -> Method:
 def orpo_chi2_control() -> Method:
     """PPO on a proxy reward less the occupancy penalty: the tomato world's constants, without its adaptive KL."""
     return Method(
-        shaping=[OccupancyPenalty()],
+        shaping=[OccupancyPenalty(features="state_action")],
         advantage=GAE(gamma=0.99, gae_lambda=0.98),
         surrogate=PPOClip(clip_low=0.05, clip_high=0.05),
         regularizers=[ValueLoss(coef=0.01), EntropyBonus(coef=0.01)],

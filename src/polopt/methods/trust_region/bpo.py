@@ -196,12 +196,12 @@ class MedianLoss(Regularizer):
         return smooth_absolute(zero_outside(error, batch.mask))
 
 
-@register_recipe("bpo")
+@register_recipe("bpo", domain="control")
 def bpo() -> Method:
-    """BPO with a critic of mean and median: ten passes over the data in four minibatches."""
+    """BPO with a critic of mean and median: ten passes over the data in 32 minibatches."""
     return Method(
         advantage=GAE(gamma=0.99, whiten=False),
         surrogate=CriticBoundedRatio(),
         regularizers=[ValueLoss(coef=1.0), MedianLoss()],
-        defaults={"epochs": 10, "minibatches": 4},
+        defaults={"prompts": 8, "rollouts": 1, "epochs": 10, "minibatches": 32},
     )

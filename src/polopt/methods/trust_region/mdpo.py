@@ -41,10 +41,10 @@ clipped method. Not when there is one update per rollout: the divergence then ha
 policy gradient.
 
 Pitfalls: as t_k falls, 1/t_k scales the loss and its gradient norm, so keep gradients clipped and `floor` above 0. The
-divergence has the new policy first. `mdpo_control` has no
-reward normalisation of its own, and its value loss no clip (the paper: both).
+divergence has the new policy first. The form for control has no reward normalisation of its own, and its value loss no
+clip (the paper: both).
 
-Slots: surrogate `mdpo`. Recipes `mdpo` (sampled KL and group baseline, any domain) and `mdpo_control` (the paper's
+Slots: surrogate `mdpo`. Recipe `mdpo` (sampled KL and group baseline, any domain; on control the paper's
 on-policy agent: critic, generalised advantages, exact KL; what other libraries call MDPO).
 """
 
@@ -258,7 +258,7 @@ def mdpo() -> Method:
     )
 
 
-@register_recipe("mdpo_control")
+@register_recipe("mdpo", domain="control")
 def mdpo_control() -> Method:
     """The paper's on-policy MDPO: critic, generalised advantages, exact KL, ten steps on each rollout."""
     return Method(
@@ -266,5 +266,5 @@ def mdpo_control() -> Method:
         surrogate=MirrorDescent(kl="exact"),
         regularizers=[ValueLoss()],
         optimizer=Optimizer(eps=1e-5),
-        defaults={"epochs": 10, "max_grad_norm": 0.5, "lr": 3e-4, "lr_schedule": "linear"},
+        defaults={"prompts": 8, "rollouts": 1, "epochs": 10, "max_grad_norm": 0.5, "lr_schedule": "linear"},
     )
