@@ -8,7 +8,7 @@
 VENV          ?= .venv
 ORACLE_VENV   ?= .venv-oracle
 DEMO_EXTRAS   := language
-TEST_EXTRAS   := language,trackers,dev
+TEST_EXTRAS   := language,control,report,trackers,dev
 ORACLE_EXTRAS := language,test,peers
 WORKERS       ?= 2
 DEMO_FLAGS    ?=
@@ -33,7 +33,7 @@ help:
 	@echo "make test     everything that must pass: lint, types, documentation, tests"
 	@echo "make check    the fast part of it: lint, format, types"
 	@echo "make docs     build the documentation into site/"
-	@echo "make bench    measure polopt against TRL, one process each"
+	@echo "make bench    measure polopt against TRL, verl and Stable-Baselines3, one process each"
 	@echo "make oracle   compare with the functions of TRL and verl, in an environment of its own"
 	@echo "make clean    remove what the commands above made, except environments and runs"
 
@@ -56,9 +56,12 @@ types: $(TEST_STAMP)
 docs: $(TEST_STAMP)
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
-bench: $(TEST_STAMP)
+bench: $(TEST_STAMP) $(ORACLE_STAMP)
 	$(PY) benchmarks/language/compare_trl.py $(BENCH_FLAGS) --model "$$($(PY) -c \
 		'from polopt.language.model import smollm2_directory; print(smollm2_directory())')"
+	$(PY) benchmarks/estimators.py --verl-python $(ORACLE_VENV)/bin/python
+	$(PY) benchmarks/selection.py
+	$(PY) benchmarks/control.py
 
 oracle: $(ORACLE_STAMP)
 	$(ORACLE_VENV)/bin/python -m pytest -m oracle tests

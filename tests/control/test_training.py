@@ -176,3 +176,15 @@ def test_the_command_line_trains_an_environment(tmp_path: Path, capsys: pytest.C
     assert main(["eval", out]) == 0
     assert main(["train", "--domain", "control", "--env", "CartPoel-v1"]) == 2
     assert "task = 'CartPoel-v1'" in capsys.readouterr().err
+
+
+def test_a_policy_acts_outside() -> None:
+    import gymnasium as gym
+
+    run = trainer(task="Pendulum-v1")
+    envs = gym.make_vec("Pendulum-v1", 3)
+    observation, _ = envs.reset(seed=0)
+    action = run.actor.act(observation)
+    assert envs.action_space.contains(action)
+    close(run)
+    envs.close()

@@ -125,8 +125,9 @@ class Catalog:
         for base in own.bases:
             if isinstance(base, ast.Attribute) and _last(base.value) in self._classes:
                 inherited |= self._fields(self._classes[_last(base.value)])
-        declared = [node for node in own.body if isinstance(node, ast.AnnAssign)]
-        return inherited | {ast.unparse(node.target): node for node in declared}
+            elif isinstance(base, ast.Name) and base.id in self._classes:
+                inherited |= _declared(self._classes[base.id])
+        return inherited | _declared(own)
 
     def _type(self, annotation: ast.expr) -> Any:
         """The type of a field; Any where it is not one of the plain ones."""
@@ -152,6 +153,10 @@ def _registered(node: ast.ClassDef | ast.FunctionDef, decorator: str) -> list[st
         call for call in node.decorator_list if isinstance(call, ast.Call) and _last(call.func) == decorator
     ]
     return [ast.literal_eval(call.args[0]) for call in calls]
+
+
+def _declared(settings: ast.ClassDef) -> dict[str, ast.AnnAssign]:
+    return {ast.unparse(node.target): node for node in settings.body if isinstance(node, ast.AnnAssign)}
 
 
 def _own_slot(node: ast.ClassDef) -> str | None:

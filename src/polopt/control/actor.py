@@ -145,9 +145,10 @@ class ControlActor:
         return found
 
     @torch.no_grad()
-    def act(self, observation: Float[Tensor, "E *shape"]) -> Any:
-        """The mode of the policy for raw observations, as the environment takes it (a numpy array)."""
-        return self.distribution.to_environment(self.distribution.mode(self._act(observation)).numpy())
+    def act(self, observation: Any) -> Any:
+        """The mode of the policy for raw observations [E, ...], as a vector environment takes it; both numpy arrays."""
+        outputs = self._act(torch.as_tensor(observation))
+        return self.distribution.to_environment(self.distribution.mode(outputs).numpy())
 
     def _act(self, observation: Tensor) -> Tensor:
         seen = self.module.seen(observation).to(self.dtype)
