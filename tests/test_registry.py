@@ -164,3 +164,8 @@ def test_methods_of_installed_packages_are_loaded(tmp_path: Path) -> None:
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import polopt; print(polopt.recipe('theirs').name)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "theirs", done.stderr
+
+
+def test_a_slot_without_classic_filling_has_no_default() -> None:
+    with pytest.raises(ConfigError, match="surrogate = 'default': unknown"):
+        recipe("grpo", surrogate="default")

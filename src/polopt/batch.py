@@ -124,15 +124,18 @@ class Batch(TensorClass):
         whole = len(rows) == len(self) and bool((rows[1:] > rows[:-1]).all())
         return self if whole else self[rows]
 
-    def decisions(self) -> "Batch":
+    def decisions(self, required: frozenset[str]) -> "Batch":
         """The decisions that count, each as a row of its own, [D, 1].
 
-        What a row has as a whole goes with each of them; of the payload only what belongs to decisions is kept.
+        What a row has as a whole goes with each of them. Of the optional fields those that are `required` are kept, of the
+        payload what belongs to decisions.
         """
         row, column = self.mask.nonzero(as_tuple=True)
         steps = self.mask.shape[1]
         picked: dict[str, Tensor] = {}
         for path, tensor in self.to_tensors().items():
+            if path in OPTIONAL and path not in required:
+                continue
             if path != "rewards" and tensor.dim() > 1 and tensor.shape[1] == steps:
                 picked[path] = tensor[row, column][:, None]
             elif not path.startswith("payload."):
@@ -213,6 +216,13 @@ class Evaluation:
 
 EVALUATED = frozenset(f.name for f in fields(Evaluation))
 """Names of what an actor may be asked to evaluate."""
+
+
+OPTIONAL = frozenset(Batch.__dataclass_fields__) - {
+    "mask", "old_logp", "rewards", "group", "prompt_id",
+    "advantages", "weights", "loss_weight", "signals", "payload",
+}  # fmt: skip
+"""Fields of a batch that only some runs have."""
 
 
 def _path(key: str | tuple[str, ...]) -> str:

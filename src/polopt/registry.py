@@ -20,6 +20,8 @@ from polopt.errors import ConfigError
 from polopt.method import MANY, SLOTS, Method, Part
 from polopt.settings import nearest, parse_options
 
+WITH_DEFAULT = ("sampler", "budget", "selection", "optimizer")
+"""Slots whose base class is a part of its own, called "default"."""
 P = TypeVar("P", bound=type[Part])
 Recipe = Callable[[], Method]
 
@@ -138,7 +140,7 @@ def make_part(slot: str, spec: str) -> Part:
         ConfigError: unknown name, unknown option, or a value out of range.
     """
     name, _, text = spec.partition(":")
-    if name == "default":
+    if name == "default" and slot in WITH_DEFAULT:
         return SLOTS[slot](**parse_options(spec, text))
     known = parts(slot)
     if name not in known:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int
@@ -37,6 +37,15 @@ from polopt.engine.seeding import generator
 from polopt.errors import ConfigError
 from polopt.method import Draw, Method
 from polopt.trainer_config import TrainerConfig
+
+
+class Step(NamedTuple):
+    """What an optimizer step was about."""
+
+    metrics: Metrics
+    evaluation: Evaluation
+    batch: Batch
+    """The evaluated trajectories."""
 
 
 class Trainer:
@@ -134,9 +143,8 @@ class Trainer:
             batch = self.method.prepare(self._with_evaluations(rollout.batch), self._draw)
         metrics |= diagnostics.describe_advantages(batch) | {"time/prepare": time.perf_counter() - started}
         started = time.perf_counter()
-        steps = self._update(batch) if len(batch) else []
-        metrics |= diagnostics.average(steps)
-        metrics |= {"lr": lr, "updates/skipped": float(self.guard.skipped), "updates": float(len(steps))}
+        metrics |= self._update(batch) if len(batch) else {"updates": 0.0}
+        metrics |= {"lr": lr, "updates/skipped": float(self.guard.skipped)}
         metrics["time/update"] = time.perf_counter() - started
         for part in self.method.parts:
             part.observe(batch)
@@ -254,31 +262,36 @@ class Trainer:
         """Minibatches are of decisions, not of trajectories: neither the policy nor the loss needs them together."""
         return self.actor.independent_decisions and self.method.decision_wise
 
-    def _update(self, batch: Batch) -> list[Metrics]:
+    def _update(self, batch: Batch) -> Metrics:
         steps: list[Metrics] = []
+        epochs: list[Metrics] = []
         keep_groups = self.method.surrogate.coupling in ("group", "batch")
         if batch.sampler_logp is not None and not self.anchors:
             batch.weights = batch.weights * self._sampler_weight(batch)
         data = concatenate([*self.replayed, batch])
         if self.cuts_decisions:
-            data = data.decisions()
+            data = data.decisions(self.method.requires)
         replaying = bool(self.replayed)
         self.replayed = [*self.replayed, batch][max(0, len(self.replayed) + 2 - self.config.replay) :]
         for epoch in range(self.config.epochs):
             draws = self._draw(f"minibatches {epoch}")
+            seen: list[tuple[Evaluation, Batch]] = []
             for rows in minibatches(data.group, self.config.minibatches, keep_groups, draws):
-                minibatch = data[rows]
+                minibatch = data.take(rows)
                 minibatch.loss_weight = self.method.surrogate.loss_weights(minibatch)
-                if metrics := self._step(minibatch, fresh=not steps and not replaying):
-                    steps.append(metrics)
-        return steps
+                if step := self._step(minibatch, fresh=not steps and not replaying):
+                    steps.append(step.metrics)
+                    seen.append((step.evaluation, step.batch))
+            if seen:
+                epochs.append(diagnostics.describe_update(seen, self.method.surrogate))
+        return {"updates": float(len(steps))} | diagnostics.average(steps) | diagnostics.average(epochs)
 
-    def _step(self, batch: Batch, fresh: bool) -> Metrics:
+    def _step(self, batch: Batch, fresh: bool) -> Step | None:
         rows, averages = self._teaching_rows(batch), self.method.optimizer.averages_rollouts
         if averages and not len(rows):
             rows = batch.mask.any(-1).nonzero()[:, 0]
         if not len(rows):
-            return {}
+            return None
         self.optimizer.zero_grad(set_to_none=True)
         with self.method.optimizer.at_rollout(self.optimizer):
             found = self._gradient(batch, rows, fresh)
@@ -291,12 +304,8 @@ class Trainer:
             self.optimizer.step()
             for part in self.method.parts:
                 part.after_step(found.evaluation, evaluated)
-        metrics = diagnostics.describe_update(found.evaluation, evaluated, self.method.surrogate)
-        return {
-            "loss": float(found.loss),
-            "grad_norm": float(norm),
-            "rows/evaluated": float(len(rows)),
-        } | metrics
+        metrics = {"loss": float(found.loss), "grad_norm": float(norm), "rows/evaluated": float(len(rows))}
+        return Step(metrics, found.evaluation, evaluated)
 
     def _gradient(self, batch: Batch, rows: Int[Tensor, " n"], fresh: bool) -> Backward:
         """Gradients into the parameters, and the optimizer's share of the learning rate if it sets one."""

@@ -26,8 +26,7 @@ def everything(actor: SumModActor, task: SumModTask, method: Method) -> Batch:
     batch = actor.rollout(task, plan, torch.Generator()).batch
     tokens = torch.tensor(completions).repeat(GOALS, 1)
     batch.payload["tokens"] = tokens
-    goals, parts = batch.payload["goal"], batch.payload["parts"]
-    batch.rewards = task.rewards(tokens, goals, parts) + tokens[:, :1] / 7
+    batch.rewards = task.rewards(tokens, batch.prompt_id) + tokens[:, :1] / 7
     with torch.no_grad():
         batch.old_logp = actor.evaluate(batch, frozenset({"logp"})).logp
     batch = method.prepare(batch, lambda stream: torch.Generator())

@@ -9,17 +9,12 @@ from jaxtyping import Int, Shaped
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from polopt.batch import EVALUATED, Batch, Evaluation
+from polopt.batch import EVALUATED, OPTIONAL, Batch, Evaluation
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
 
 OBSERVATION, VOCABULARY, WIDTH = 3, 5, 8
-OPTIONAL = frozenset(Batch.__dataclass_fields__) - {
-    "mask", "old_logp", "rewards", "group", "prompt_id",
-    "advantages", "weights", "loss_weight", "signals", "payload",
-}  # fmt: skip
-"""Fields of a batch that only some runs have."""
 
 
 class TinyActor:

@@ -297,11 +297,12 @@ def test_ratios_beyond_the_widths_are_reported() -> None:
 def test_domain_without_a_median_head_is_refused() -> None:
     task = SumModTask()
     with pytest.raises(ConfigError, match="needs 'median'"):
-        polopt.Trainer(SumModActor(task), task, polopt.recipe("bpo"))
+        polopt.Trainer(SumModActor(task), task, polopt.recipe("bpo"), polopt.TrainerConfig(minibatches=4))
     polopt.Trainer(
         SumModActor(task),
         task,
         polopt.recipe("bpo", surrogate="bpo:use_median=false", regularizers="value:coef=1"),
+        polopt.TrainerConfig(minibatches=4),
     ).iterate()
 
 

@@ -161,7 +161,7 @@ class OccupancyPenalty(Shaping):
         reference, reward_std = self._reference(batch, generator)
         self._next = {"reference": reference, "reward_std": reward_std}
         if not len(self.reference) and self.config.reference is None:
-            return batch
+            return self._with_penalty(batch, torch.zeros(batch.mask.shape, dtype=torch.float64))
         if reference.shape[1] != current.shape[1]:
             raise ConfigError(
                 f"shaping occupancy: reference steps have {reference.shape[1]} features of {self.config.features!r}, "
@@ -170,9 +170,12 @@ class OccupancyPenalty(Shaping):
         scores = self._scores(current, reference, generator)
         penalty = torch.zeros(batch.mask.shape, dtype=torch.float64, device=batch.mask.device)
         penalty[batch.mask] = self._penalty(scores, reward_std)
+        return self._with_penalty(batch, penalty)
+
+    def _with_penalty(self, batch: Batch, penalty: Float[Tensor, "N T"]) -> Batch:
         earned = 0.0 if batch.step_rewards is None else zero_outside(batch.step_rewards, batch.mask)
         batch = batch.clone(recurse=False)
-        batch.step_rewards = (earned + penalty).to(batch.old_logp)
+        batch.step_rewards = (earned + penalty.to(batch.mask.device)).to(batch.old_logp)
         return batch
 
     def observe(self, batch: Batch) -> None:

@@ -44,8 +44,8 @@ Pitfalls: as t_k falls, 1/t_k scales the loss and its gradient norm, so keep gra
 divergence has the new policy first. The form for control has no reward normalisation of its own, and its value loss no
 clip (the paper: both).
 
-Slots: surrogate `mdpo`. Recipe `mdpo` (sampled KL and group baseline, any domain; on control the paper's
-on-policy agent: critic, generalised advantages, exact KL; what other libraries call MDPO).
+Slots: surrogate `mdpo`. The recipe has the sampled KL and a group baseline on any domain; its form for control is the
+paper's on-policy agent: critic, generalised advantages, exact KL; what other libraries call MDPO.
 """
 
 from typing import Any, Literal, NamedTuple, Self
