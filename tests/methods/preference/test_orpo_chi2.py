@@ -401,7 +401,7 @@ def test_orpo_scale_free_penalty_scales_with_the_proxy(tmp_path: Path) -> None:
 def test_orpo_first_iteration_is_the_reference_and_the_second_is_penalised() -> None:
     part = OccupancyPenalty(**OPTIONS)
     first, second = (random_batch(part.requires, seed=seed) for seed in (0, 1))
-    assert part(first, draws(0)).step_rewards is None
+    assert not part(first, draws(0)).step_rewards.any()
     assert not len(part.reference)
     part.observe(first)
     assert_close(part.reference, first.signal("ref_features")[first.mask].float())
