@@ -187,6 +187,8 @@ class Surrogate(Part):
     slot = "surrogate"
     coupling: ClassVar[Literal["decision", "sequence", "group", "batch"]] = "decision"
     """What the loss of one decision depends on. From "group" on, minibatches keep groups whole."""
+    any_origin: ClassVar[bool] = False
+    """Right for trajectories of any origin: it reads nothing of the policy that made them."""
     zero_advantage_is_silent: ClassVar[bool] = True
     """A trajectory whose advantages are all 0 adds neither loss nor gradient."""
 

@@ -70,6 +70,11 @@ def resolve(config: RunConfig) -> "tuple[RunConfig, Method]":
     method = recipe(config.method, config.domain, **config.slots)
     trainer = config.trainer.with_defaults(method.defaults)
     config = configure({**dict(config), "trainer": trainer})
+    if config.domain == "language" and config.language.stored and not method.surrogate.any_origin:
+        raise ConfigError(
+            f"language.stored = true: surrogate {method.surrogate.name} reads the policy that made the completions, which is "
+            "unknown; use --surrogate copg"
+        )
     _check_method(method, config.domain, DOMAINS[config.domain].provides())
     return config, method
 

@@ -20,6 +20,7 @@ from polopt.language.model import LanguageModel, Lora, load_language_model
 from polopt.language.prompts import encode_prompt
 from polopt.language.sampler import Completions, CompletionSampler, SamplingConfig
 from polopt.language.scoring import score_statistics
+from polopt.language.stored import stored_completions, stored_scores
 from polopt.language.task_mixture import Mixture
 from polopt.language.tasks import LanguageTask
 
@@ -111,15 +112,18 @@ class LanguageActor:
             encode_prompt(self.tokenizer, example.prompt, self.config.chat_template) for example in examples
         ]
         config = self.scoring if plan.heldout else self.sampling
-        uniforms = torch.rand(plan.total, config.max_new_tokens, generator=generator, dtype=torch.float64)
         counts = plan.counts.tolist()
-        mine = uniforms[plan.first : plan.first + sum(counts)]
-        self.sampler.refresh()
-        completions = self.sampler.sample(prompts, counts, config, mine)
+        stored = self.config.stored and not plan.heldout
+        if stored:
+            completions = stored_completions(examples, counts, self.tokenizer, config.max_new_tokens)
+        else:
+            completions = self._sampled(prompts, plan, config, generator)
         texts = self._texts(completions)
         generated = time.perf_counter()
         of_row = [example for example, count in zip(examples, counts, strict=True) for _ in range(count)]
         scores = task.score(texts, of_row)
+        if stored and (known := stored_scores(examples, counts)) is not None:
+            scores.rewards[:, 0] = known
         metrics = {
             "time/generate": generated - started,
             "time/reward": time.perf_counter() - generated,
@@ -130,6 +134,8 @@ class LanguageActor:
         batch.task = torch.tensor([example.task for example in of_row], dtype=torch.int64)
         batch.set_signal("format", scores.format_ok)
         batch.answer = torch.tensor([_answer_id(answer) for answer in scores.answers], dtype=torch.int64)
+        if stored:
+            batch.set_evaluated("old", self._evaluated(batch))
         samples = [
             {
                 "prompt": of_row[i].prompt,
@@ -206,6 +212,25 @@ class LanguageActor:
         if self.sampling.truncates and not plan.heldout:
             batch.sampler_logp = completions.sampler_logp
         return batch
+
+    def _sampled(
+        self, prompts: list[list[int]], plan: Plan, config: SamplingConfig, generator: torch.Generator
+    ) -> Completions:
+        uniforms = torch.rand(plan.total, config.max_new_tokens, generator=generator, dtype=torch.float64)
+        count = int(plan.counts.sum())
+        self.sampler.refresh()
+        return self.sampler.sample(
+            prompts, plan.counts.tolist(), config, uniforms[plan.first : plan.first + count]
+        )
+
+    def _evaluated(self, batch: Batch) -> Evaluation:
+        """The present policy's view of a batch, without gradient, in the place of the unknown one that made it."""
+        names = frozenset({"logp", "entropy"})
+        with torch.no_grad():
+            parts = [(rows, self.evaluate(batch[rows], names)) for rows in self.micro_batches(batch)]
+        order = torch.cat([rows for rows, _ in parts]).argsort()
+        fields = {name: torch.cat([getattr(found, name) for _, found in parts])[order] for name in names}
+        return Evaluation(**fields)
 
     def _texts(self, completions: Completions) -> list[str]:
         rows = [

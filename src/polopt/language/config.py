@@ -37,6 +37,9 @@ class LanguageConfig(Settings):
     """Temperature of held-out scores; 0: greedy."""
     micro_batch_tokens: int = Field(1024, ge=1)
     """Tokens evaluated at once with gradient; bounds memory, never changes the result."""
+    stored: bool = False
+    """Train on completions that are stored with the prompts (columns `completions` and `scores` of the task's data)
+    instead of sampling; only by losses that are right for completions of any origin."""
     sampler_rows: int = Field(256, ge=1)
     """Completions decoded at once."""
     warm_up: int = Field(0, ge=0)

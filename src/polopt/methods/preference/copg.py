@@ -18,7 +18,8 @@ Contains IPO (rewards +-1/4) and, on fresh samples, RLOO with the KL in the rewa
 The log-ratio is a sum over tokens, never a mean, and rewards are not standardised. The halved temperature in (3) is
 what makes plain differentiation give (4). For very off-policy pairs and small beta, clip the gradient norm.
 
-Slots: surrogate; needs `ref_logp`, ignores `old_logp`. Stored completions with scores train as they are.
+Slots: surrogate; needs `ref_logp`, ignores `old_logp`. Completions that are stored with their scores
+train as they are: `polopt train --method copg --stored true --task jsonl:FILE`, with columns `completions` and `scores`.
 
 Use it when completions with scores are already there, from whatever source, and the KL-regularised optimum is wanted. Not
 where only which of two is better is known, nor without a KL: beta is the temperature of the optimum.
@@ -64,6 +65,7 @@ class ContrastivePairs(Surrogate):
     """Contrastive pair loss, equations (1) to (6)."""
 
     coupling = "group"
+    any_origin = True
     zero_advantage_is_silent = False
     requires = frozenset({"ref_logp"})
 
