@@ -165,6 +165,7 @@ def updated_moments(
     """Equation (9): one Adam step of the rows that occur, on their mean gradient over the (accepted) tokens given."""
     v, _ = score(logits, rows, action)
     occurring, index, counts = torch.unique(rows, return_inverse=True, return_counts=True)
+    features = features.to(advantages)  # bfloat16 under autocast
     total = features.new_zeros(len(occurring), features.shape[-1])
     scale = advantages[:, None] * v
     for column in range(rows.shape[1]):
