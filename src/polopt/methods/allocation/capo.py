@@ -165,9 +165,9 @@ def updated_moments(
     """Equation (9): one Adam step of the rows that occur, on their mean gradient over the (accepted) tokens given."""
     v, _ = score(logits, rows, action)
     occurring, index, counts = torch.unique(rows, return_inverse=True, return_counts=True)
-    features = features.to(advantages)  # bfloat16 under autocast
-    total = features.new_zeros(len(occurring), features.shape[-1])
     scale = advantages[:, None] * v
+    features = features.to(scale)  # bfloat16 under autocast
+    total = features.new_zeros(len(occurring), features.shape[-1])
     for column in range(rows.shape[1]):
         total.index_add_(0, index[:, column], scale[:, column, None] * features)
     mean = total / counts[:, None]
