@@ -58,9 +58,9 @@ class ControlDomain:
 
     def estimate(self, config: RunConfig, task: "ControlTask", method: "Method") -> "Estimate":
         """See `polopt.cli.estimate`."""
-        from polopt.cli.estimate import estimate_control
+        from polopt.cli.estimate import estimate_by_trial
 
-        return estimate_control(config, task, self.actor(config, task, method))
+        return estimate_by_trial(config, task, self.actor(config, task, method))
 
     def tasks(self) -> list[dict[str, Any]]:
         """polopt's own environments, and a few of others."""

@@ -202,9 +202,9 @@ class MiniatureDomain:
 
     def estimate(self, config: RunConfig, task: "SumModTask", method: "Method") -> "Estimate":
         """See `polopt.cli.estimate`."""
-        from polopt.cli.estimate import estimate_miniature
+        from polopt.cli.estimate import estimate_by_trial
 
-        return estimate_miniature(config, task, self.actor(config, task, method))
+        return estimate_by_trial(config, task, self.actor(config, task, method))
 
     def tasks(self) -> list[dict[str, Any]]:
         """The standard tasks."""

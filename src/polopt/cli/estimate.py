@@ -16,11 +16,8 @@ from polopt.config import RunConfig
 from polopt.errors import ConfigError
 
 if TYPE_CHECKING:
-    from polopt.control.actor import ControlActor
-    from polopt.control.task import ControlTask
     from polopt.language.tasks import LanguageTask
     from polopt.method import Method
-    from polopt.miniature import SumModActor, SumModTask
 
 _REACHED = {torch.float64: 0.5, torch.float32: 0.5, torch.bfloat16: 0.35}
 """Share of the rate of large matrix products that sampling and training reach."""
@@ -114,26 +111,8 @@ def estimate_language(config: RunConfig, task: "LanguageTask", method: "Method")
     return Estimate(parameters, trained, {k: v / 1e9 for k, v in memory.items()}, seconds, assumptions)
 
 
-def estimate_miniature(config: RunConfig, task: "SumModTask", actor: "SumModActor") -> Estimate:
-    """The estimate of a miniature run: an iteration's work, done once."""
-    from polopt.domain import Plan
-
-    t = config.trainer
-    parameters = sum(p.numel() for p in actor.module.parameters())
-    started = time.perf_counter()
-    plan = Plan(torch.arange(t.prompts), torch.full((t.prompts,), t.rollouts))
-    batch = actor.rollout(task, plan, torch.Generator()).batch
-    generated = time.perf_counter()
-    actor.evaluate(batch, frozenset({"logp"})).logp.sum().backward()
-    seconds = {
-        "generation": generated - started, "update": t.epochs * (time.perf_counter() - generated)
-    }  # fmt: skip
-    assumptions = ["measured just now, with new weights; rewards and scores included in the generation"]
-    return Estimate(parameters, parameters, {"libraries": _LIBRARIES}, seconds, assumptions)
-
-
-def estimate_control(config: RunConfig, task: "ControlTask", actor: "ControlActor") -> Estimate:
-    """The estimate of a control run: an iteration's rollout and one pass over it, done once."""
+def estimate_by_trial(config: RunConfig, task: Any, actor: Any) -> Estimate:
+    """The estimate of a run that is quick: an iteration's rollout and one pass over it, done once."""
     from polopt.domain import Plan
 
     t = config.trainer
@@ -144,9 +123,8 @@ def estimate_control(config: RunConfig, task: "ControlTask", actor: "ControlActo
     collected = time.perf_counter()
     actor.evaluate(batch, frozenset({"logp"})).logp.sum().backward()
     seconds = {"rollout": collected - started, "update": t.epochs * (time.perf_counter() - collected)}
-    decisions = int(batch.mask.sum())
     assumptions = [
-        f"measured just now, with new weights: {decisions} steps; minibatches cost more than one pass"
+        f"measured just now, with new weights: {int(batch.mask.sum())} decisions; minibatches cost more than one pass"
     ]
     return Estimate(parameters, parameters, {"libraries": _LIBRARIES}, seconds, assumptions)
 

@@ -18,6 +18,7 @@ from polopt.control.distributions import Categorical, distribution_of
 from polopt.control.networks import ControlNetworks
 from polopt.control.task import ControlTask
 from polopt.domain import Plan, Rollout
+from polopt.functional.masked import masked_sum
 
 CRITICS = frozenset({"value", "median"})
 OF_CATEGORICAL = frozenset({"score_sqnorm", "tempered_logp", "kept_logits", "kept_rows", "action_row"})
@@ -46,7 +47,7 @@ class ControlActor:
     ) -> None:
         self.config = config
         self.distribution = distribution_of(task.action_space, config.distribution)
-        self.critics = frozenset(c for c in CRITICS if requires & {c, f"old_{c}"})
+        self.critics = critics_of(requires)
         self.horizon = horizon(config, requires)
         self.dense = bool(self.critics) or "step_rewards" in requires or self.horizon > 0
         self.keeps_distribution = "kl" in requires
@@ -175,7 +176,7 @@ class ControlActor:
         batch = Batch(
             mask=mask,
             old_logp=torch.zeros(mask.shape, dtype=self.dtype),
-            rewards=torch.full((count, 1), torch.nan) if self.dense else _total(reward, mask)[:, None],
+            rewards=torch.full((count, 1), torch.nan) if self.dense else masked_sum(reward, mask)[:, None],
             group=group,
             prompt_id=prompt_id,
             terminated=found.terminated,
@@ -229,11 +230,16 @@ class ControlActor:
         ]
 
 
+def critics_of(requires: frozenset[str]) -> frozenset[str]:
+    """The critics that a method reads, now or as they were."""
+    return frozenset(critic for critic in CRITICS if requires & {critic, f"old_{critic}"})
+
+
 def horizon(config: ControlConfig, requires: frozenset[str]) -> int:
     """Steps of environments that live on, in an iteration; 0: whole episodes."""
     if config.horizon is not None:
         return config.horizon
-    return 256 if requires & {name for critic in CRITICS for name in (critic, f"old_{critic}")} else 0
+    return 256 if critics_of(requires) else 0
 
 
 def provides(action_space: Any, config: ControlConfig, critics: frozenset[str]) -> frozenset[str]:
@@ -259,10 +265,6 @@ def _of_choice(
         found["tempered_logp"] = tempered.gather(-1, action)[:, 0]
     kept = logits.topk(min(options.get("kept", logits.shape[-1]), logits.shape[-1]))
     return found | {"kept_logits": kept.values, "kept_rows": kept.indices}
-
-
-def _total(reward: Tensor, mask: Tensor) -> Tensor:
-    return torch.where(mask, reward, 0.0).sum(-1)
 
 
 def _placed(values: Tensor, mask: Tensor) -> Tensor:

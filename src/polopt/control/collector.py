@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from polopt.control.distributions import ActionDistribution
-from polopt.control.recording import Noise, Recording, Rows
+from polopt.control.recording import EpisodeTotals, Noise, Recording, Rows
 from polopt.control.task import ControlTask
 from polopt.control.vector import Transition
 from polopt.engine.seeding import seed_sequence
@@ -23,7 +23,7 @@ class Collected:
     """Trajectories as they happened."""
 
     rows: Rows
-    """Columns `observation` (as it came), `action` (as the policy stores it), `reward`, and what was asked of `info`."""
+    """Columns `observation` (as it came), `action` (as the policy stores it), `reward`, `discounted` (running return)."""
     final_observation: Tensor
     """After the last step of each, [N, ...]."""
     terminated: Tensor
@@ -66,45 +66,30 @@ class Collector:
             first: number of the first environment among those of all ranks.
         """
         living = task.living(count, seed_sequence(base, "lane", first))
-        lanes = np.arange(count)
         noise = Noise(self.distribution, [(base, first + lane) for lane in range(count)], steps)
-        recording = Recording()
-        row = lanes.copy()  # renumbered below: a new one for each episode that begins
-        rows, lane_of, begins = count, [lanes], np.full(count, -1)
-        final: dict[int, Array] = {}
-        ends: dict[int, tuple[bool, bool]] = {}
-        sums: dict[int, dict[str, float]] = {}
-        sent = []
+        recording, endings = Recording(), _Endings()
+        row, lane_of = np.arange(count), [np.arange(count)]  # a new row for each episode that begins
+        begins, sent = np.full(count, -1), []
         for step in range(steps):
             before = living.observation
             action = self._choose(before, noise.next(), greedy=False)
             sent.append(self.distribution.to_environment(action))
             made = living.environments.step(sent[-1])
-            done = (made.terminated | made.truncated) & made.real
-            totals = self._totals(living.total, made)
-            discounted = living.total("discounted", np.where(made.real, made.reward, 0.0), self.gamma)
-            recording.add(
-                np.where(made.real, row, -1), observation=before, action=action, reward=made.reward,
-                discounted=discounted, **self._infos(made),
-            )  # fmt: skip
-            observation = made.observation
-            if done.any():
-                for lane in np.nonzero(done)[0].tolist():
-                    final[int(row[lane])] = observation[lane].copy()
-                    ends[int(row[lane])] = bool(made.terminated[lane]), bool(made.truncated[lane])
-                    sums[int(row[lane])] = {name: float(total[lane]) for name, total in totals.items()}
-                begins[done] = step + 1
-                fresh = np.nonzero(done)[0]
-                row[fresh] = rows + np.arange(len(fresh))
-                rows += len(fresh)
-                lane_of.append(fresh)
-                observation = living.begin(done, observation)
-            living.observation = observation
+            totals = self._record(
+                recording, np.where(made.real, row, -1), before, action, made, living.totals
+            )
+            living.observation = made.observation
+            if made.ended.any():
+                lanes = np.nonzero(made.ended)[0]
+                endings.add(row[lanes], lanes, made, totals)
+                begins[lanes] = step + 1
+                row[lanes] = sum(map(len, lane_of)) + np.arange(len(lanes))
+                lane_of.append(lanes)
+                living.observation = living.begin(made.ended, made.observation)
         if not living.environments.native:
             living.keep(np.stack(sent), begins)
-        for lane in lanes.tolist():
-            final[int(row[lane])] = living.observation[lane].copy()
-        return self._collected(recording, rows, np.concatenate(lane_of), final, ends, sums)
+        endings.leave(row, living.observation)
+        return self._collected(recording, np.concatenate(lane_of), endings)
 
     def episodes(
         self, task: ControlTask, prompt_ids: list[int], base: int, first: int, heldout: bool, greedy: bool
@@ -121,49 +106,33 @@ class Collector:
         """
         environments = task.whole_episodes(len(prompt_ids))
         lanes = environments.count
-        waiting = list(range(lanes, len(prompt_ids)))
+        waiting = iter(range(lanes, len(prompt_ids)))
         row = np.arange(lanes)
         seeds = [task.start_seed(prompt_ids[number], heldout) for number in range(lanes)]
         observation = environments.reset(seeds)
         noise = Noise(self.distribution, [(base, first + number) for number in range(lanes)], _CHUNK)
         for lane in range(lanes):
             environments.reseed(lane, seed_sequence(base, "dynamics", first + lane))
-        recording, running = Recording(), _Totals(lanes)
-        final: dict[int, Array] = {}
-        ends: dict[int, tuple[bool, bool]] = {}
-        sums: dict[int, dict[str, float]] = {}
+        recording, endings, running = Recording(), _Endings(), EpisodeTotals(lanes)
         while (row >= 0).any():
-            before = observation
-            action = self._choose(before, noise.next(), greedy)
+            action = self._choose(observation, noise.next(), greedy)
             made = environments.step(self.distribution.to_environment(action))
-            totals = self._totals(running.add, made)
-            recording.add(
-                row.copy(),
-                observation=before,
-                action=action,
-                reward=made.reward,
-                discounted=running.add("discounted", made.reward, self.gamma),
-                **self._infos(made),
-            )
+            totals = self._record(recording, row.copy(), observation, action, made, running)
             observation = made.observation
-            done = made.terminated | made.truncated
-            if not done.any():
+            if not made.ended.any():
                 continue
-            for lane in np.nonzero(done)[0].tolist():
-                if (number := int(row[lane])) >= 0:
-                    final[number] = observation[lane].copy()
-                    ends[number] = bool(made.terminated[lane]), bool(made.truncated[lane])
-                    sums[number] = {name: float(total[lane]) for name, total in totals.items()}
-                row[lane] = waiting.pop(0) if waiting else -1
-                if row[lane] >= 0:
-                    seeds[lane] = task.start_seed(prompt_ids[row[lane]], heldout)
-            running.clear(done)
-            observation = environments.restart(done, seeds)
-            for lane in np.nonzero(done & (row >= 0))[0].tolist():
-                environments.reseed(lane, seed_sequence(base, "dynamics", first + int(row[lane])))
-                noise.renew(lane, (base, first + int(row[lane])))
-        count = len(prompt_ids)
-        return self._collected(recording, count, np.zeros(count, dtype=np.int64), final, ends, sums)
+            ended = np.nonzero(made.ended)[0]
+            endings.add(row[ended], ended, made, totals)
+            row[ended] = [next(waiting, -1) for _ in ended]
+            begun = [(lane, int(row[lane])) for lane in ended.tolist() if row[lane] >= 0]
+            for lane, number in begun:
+                seeds[lane] = task.start_seed(prompt_ids[number], heldout)
+            running.clear(made.ended)
+            observation = environments.restart(made.ended, seeds)
+            for lane, number in begun:
+                environments.reseed(lane, seed_sequence(base, "dynamics", first + number))
+                noise.renew(lane, (base, first + number))
+        return self._collected(recording, np.zeros(len(prompt_ids), dtype=np.int64), endings)
 
     def _choose(self, observation: Array, noise: Tensor, greedy: bool) -> Array:
         outputs = self._act(torch.from_numpy(observation))
@@ -171,49 +140,57 @@ class Collector:
         chosen = self.distribution.mode(outputs) if greedy else self.distribution.draw(outputs, noise)
         return chosen.numpy()
 
-    def _totals(self, add: Callable[[str, Array], Array], made: Transition) -> dict[str, Array]:
-        real = made.real
-        found = {"return": made.reward, "length": np.ones(len(real)), **self._infos(made)}
-        return {name: add(name, np.where(real, values, 0.0)) for name, values in found.items()}
-
-    def _infos(self, made: Transition) -> dict[str, Array]:
-        return {name: np.asarray(made.info[name], dtype=np.float64) for name in self.info}
-
-    def _collected(
+    def _record(
         self,
         recording: Recording,
-        count: int,
-        lane: Array,
-        final: dict[int, Array],
-        ends: dict[int, tuple[bool, bool]],
-        sums: dict[int, dict[str, float]],
-    ) -> Collected:
-        rows, kept = recording.rows(count).without_empty()
+        row: Array,
+        observation: Array,
+        action: Array,
+        made: Transition,
+        totals: EpisodeTotals,
+    ) -> dict[str, Array]:
+        """Record a step; the sums over each episode with it."""
+        earned = {"return": made.reward, "length": np.ones(len(row))}
+        earned |= {name: np.asarray(made.info[name], dtype=np.float64) for name in self.info}
+        earned = {name: np.where(made.real, values, 0.0) for name, values in earned.items()}
+        discounted = totals.add("discounted", earned["return"], self.gamma)
+        recording.add(row, observation=observation, action=action, reward=made.reward, discounted=discounted)
+        return {name: totals.add(name, values) for name, values in earned.items()}
+
+    def _collected(self, recording: Recording, lane: Array, endings: "_Endings") -> Collected:
+        """The trajectories that have steps, of those that are numbered like `lane`."""
+        rows, kept = recording.rows(len(lane)).without_empty()
         numbers = kept.tolist()
-        ended = [ends.get(number, (False, False)) for number in numbers]
+        flags = [endings.flags.get(number, (False, False)) for number in numbers]
         unknown = dict.fromkeys(("return", "length", *self.info), torch.nan)
-        of_episode = [sums.get(number, unknown) for number in numbers]
+        sums = [endings.sums.get(number, unknown) for number in numbers]
         return Collected(
             rows,
-            torch.from_numpy(np.stack([final[number] for number in numbers])),
-            torch.tensor([e[0] for e in ended]),
-            torch.tensor([e[1] for e in ended]),
-            {name: torch.tensor([episode[name] for episode in of_episode]) for name in unknown},
+            torch.from_numpy(np.stack([endings.final[number] for number in numbers])),
+            torch.tensor([terminated for terminated, _ in flags]),
+            torch.tensor([truncated for _, truncated in flags]),
+            {name: torch.tensor([of_episode[name] for of_episode in sums]) for name in unknown},
             torch.from_numpy(lane)[kept],
         )
 
 
-class _Totals:
-    """Running sums over the episodes of some environments."""
+class _Endings:
+    """How trajectories ended, by their numbers; numbers below 0 are of none."""
 
-    def __init__(self, count: int) -> None:
-        self._count = count
-        self._sums: dict[str, Array] = {}
+    def __init__(self) -> None:
+        self.final: dict[int, Array] = {}
+        self.flags: dict[int, tuple[bool, bool]] = {}
+        self.sums: dict[int, dict[str, float]] = {}
 
-    def add(self, name: str, values: Array, decay: float = 1.0) -> Array:
-        self._sums[name] = decay * self._sums.get(name, np.zeros(self._count)) + values
-        return self._sums[name].copy()
+    def add(self, numbers: Array, lanes: Array, made: Transition, totals: dict[str, Array]) -> None:
+        """Trajectories whose episodes ended, in some of the environments."""
+        self.leave(numbers, made.observation[lanes])
+        for number, lane in zip(numbers.tolist(), lanes.tolist(), strict=True):
+            self.flags[number] = bool(made.terminated[lane]), bool(made.truncated[lane])
+            self.sums[number] = {name: float(total[lane]) for name, total in totals.items()}
 
-    def clear(self, which: Array) -> None:
-        for total in self._sums.values():
-            total[which] = 0.0
+    def leave(self, numbers: Array, observation: Array) -> None:
+        """Trajectories whose last step led to these observations."""
+        self.final |= {
+            number: seen.copy() for number, seen in zip(numbers.tolist(), observation, strict=True)
+        }

@@ -62,6 +62,29 @@ class Rows:
         return Rows(self.mask[kept], {name: column[kept] for name, column in self.columns.items()}), kept
 
 
+class EpisodeTotals:
+    """Running sums over the episode of each of E environments, by name.
+
+    Args:
+        count: E.
+        sums: those so far, [E] each.
+    """
+
+    def __init__(self, count: int, sums: dict[str, Array] | None = None) -> None:
+        self._count = count
+        self.sums = sums or {}
+
+    def add(self, name: str, values: Array, decay: float = 1.0) -> Array:
+        """decay * sum + values, the sum from now on; a copy of it."""
+        self.sums[name] = decay * self.sums.get(name, np.zeros(self._count)) + values
+        return self.sums[name].copy()
+
+    def clear(self, which: Array) -> None:
+        """Begin anew where `which` [E]."""
+        for total in self.sums.values():
+            total[which] = 0.0
+
+
 class Noise:
     """The noise that actions are drawn with: a stream for each of E lanes, by a key of its own.
 

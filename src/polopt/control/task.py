@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from polopt.control.config import ControlConfig
+from polopt.control.recording import EpisodeTotals
 from polopt.control.vector import VectorEnvironments, make
 from polopt.domain import Task
 from polopt.engine.seeding import seed_sequence
@@ -116,7 +117,7 @@ class Living:
     def __init__(self, environments: VectorEnvironments, base: int, state: dict[str, Any]) -> None:
         self.environments = environments
         count = environments.count
-        self.totals: dict[str, Array] = {}
+        self.totals = EpisodeTotals(count)
         self._actions: list[list[Array]] = [[] for _ in range(count)]
         self._base, self._begun = base, 0
         if not state:
@@ -124,7 +125,8 @@ class Living:
             self.observation = environments.reset(self.seeds)
             return
         self.seeds = state["seeds"].tolist()
-        self.totals = {name: total.numpy().copy() for name, total in state["totals"].items()}
+        totals = {name: total.numpy().copy() for name, total in state["totals"].items()}
+        self.totals = EpisodeTotals(count, totals)
         lengths = state["lengths"].tolist()
         actions = np.split(state["actions"].numpy(), np.cumsum(lengths)[:-1])
         self._actions = [[made] if len(made) else [] for made in actions]
@@ -136,19 +138,12 @@ class Living:
 
     def begin(self, ended: Array, observation: Array) -> Array:
         """Begin episodes where others ended [E]; returns the observations of all."""
-        for name in self.totals:
-            self.totals[name][ended] = 0.0
+        self.totals.clear(ended)
         if self.environments.native:
             return observation
         for lane in np.nonzero(ended)[0]:
             self.seeds[lane] = self._next_seed()
         return self.environments.restart(ended, self.seeds)
-
-    def total(self, name: str, values: Array, decay: float = 1.0) -> Array:
-        """Add to a running sum over each episode; the sum so far [E]."""
-        before = self.totals.get(name, np.zeros(len(values)))
-        self.totals[name] = decay * before + values
-        return self.totals[name].copy()
 
     def keep(self, actions: Array, begins: Array) -> None:
         """Remember an iteration's actions [S, E, ...] for a replay.
@@ -172,7 +167,7 @@ class Living:
             "lengths": torch.tensor([len(a) for a in filled]),
             "actions": _tensor(np.concatenate(filled)),
             "observation": _tensor(self.observation),
-            "totals": {name: _tensor(total) for name, total in self.totals.items()},
+            "totals": {name: _tensor(total) for name, total in self.totals.sums.items()},
         }
 
     def _next_seed(self) -> int:

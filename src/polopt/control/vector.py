@@ -25,6 +25,11 @@ class Transition(NamedTuple):
     """False where the step was an automatic reset."""
     info: dict[str, Any]
 
+    @property
+    def ended(self) -> Array:
+        """Where the step ended an episode."""
+        return (self.terminated | self.truncated) & self.real
+
 
 class VectorEnvironments:
     """`count` copies of an environment.
@@ -63,10 +68,10 @@ class VectorEnvironments:
     def step(self, actions: Array) -> Transition:
         """One step of each."""
         observation, reward, terminated, truncated, info = self._made.step(actions)
-        real = ~self._resets_next
+        made = Transition(observation, reward, terminated, truncated, ~self._resets_next, info)
         if self.native:
-            self._resets_next = (terminated | truncated) & real
-        return Transition(observation, reward, terminated, truncated, real, info)
+            self._resets_next = made.ended
+        return made
 
     def reseed(self, number: int, seed: int) -> None:
         """Give the dynamics of one environment, after its reset, a randomness of their own."""

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from polopt.batch import Batch, Evaluation
 from polopt.domain import Plan, Rollout
+from polopt.engine.gradient import evaluate_rows
+from polopt.engine.ranks import Ranks
 from polopt.language.config import LanguageConfig
 from polopt.language.evaluation import evaluate_completions, micro_batches
 from polopt.language.model import LanguageModel, Lora, load_language_model
@@ -122,8 +124,8 @@ class LanguageActor:
         generated = time.perf_counter()
         of_row = [example for example, count in zip(examples, counts, strict=True) for _ in range(count)]
         scores = task.score(texts, of_row)
-        if stored and (known := stored_scores(examples, counts)) is not None:
-            scores.rewards[:, 0] = known
+        if stored and (given := stored_scores(examples, counts)) is not None:
+            scores.rewards[:, 0] = given
         metrics = {
             "time/generate": generated - started,
             "time/reward": time.perf_counter() - generated,
@@ -135,7 +137,11 @@ class LanguageActor:
         batch.set_signal("format", scores.format_ok)
         batch.answer = torch.tensor([_answer_id(answer) for answer in scores.answers], dtype=torch.int64)
         if stored:
-            batch.set_evaluated("old", self._evaluated(batch))
+            # the policy that made them is unknown: the present one stands in its place
+            known = evaluate_rows(
+                self, batch, torch.arange(len(batch)), frozenset({"logp", "entropy"}), {}, Ranks()
+            )
+            batch.set_evaluated("old", known)
         samples = [
             {
                 "prompt": of_row[i].prompt,
@@ -222,15 +228,6 @@ class LanguageActor:
         return self.sampler.sample(
             prompts, plan.counts.tolist(), config, uniforms[plan.first : plan.first + count]
         )
-
-    def _evaluated(self, batch: Batch) -> Evaluation:
-        """The present policy's view of a batch, without gradient, in the place of the unknown one that made it."""
-        names = frozenset({"logp", "entropy"})
-        with torch.no_grad():
-            parts = [(rows, self.evaluate(batch[rows], names)) for rows in self.micro_batches(batch)]
-        order = torch.cat([rows for rows, _ in parts]).argsort()
-        fields = {name: torch.cat([getattr(found, name) for _, found in parts])[order] for name in names}
-        return Evaluation(**fields)
 
     def _texts(self, completions: Completions) -> list[str]:
         rows = [
