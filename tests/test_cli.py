@@ -15,11 +15,12 @@ import pytest
 import torch
 
 from polopt.cli import COMMANDS, main
-from polopt.cli.building import build, close
+from polopt.cli.building import build, close, resolve
 from polopt.cli.domains import DOMAINS
 from polopt.config import SECTIONS, RunConfig, configure
 from polopt.engine.optimization import DivergedError
 from polopt.engine.run_folder import read_metrics
+from polopt.registry import recipe_domains, recipes
 from polopt.trainer import Trainer
 
 SURFACE = Path(__file__).with_name("surface.json")
@@ -409,6 +410,12 @@ def test_domain_promises_what_its_actor_provides(method: str) -> None:
     assert DOMAINS["language"].provides() - critic == trainer.actor.provides
     assert trainer.config == config.trainer.with_defaults(trainer.method.defaults)
     assert all(torch.isfinite(p).all() for p in trainer.parameters)
+
+
+@pytest.mark.parametrize("method", sorted(recipes()))
+def test_every_recipe_is_taken(method: str) -> None:
+    for domain in recipe_domains(method) or ("language", "miniature"):
+        resolve(configure({"domain": domain, "method": method, "language": {"model": "tiny:2x32"}}))
 
 
 if __name__ == "__main__":

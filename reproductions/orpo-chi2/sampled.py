@@ -40,7 +40,7 @@ class RingTask:
 class TabularActor:
     """A table of logits and one of values, from the reference policy."""
 
-    domain, exact_sampler, independent_decisions = "control", True, True
+    domain, exact_sampler, own_rollouts, independent_decisions = "control", True, True, True
     provides = frozenset(
         {"logp", "value", "old_value", "ref_logp", "last_value", "step_rewards", "terminated"}
     )

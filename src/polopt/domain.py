@@ -83,6 +83,8 @@ class Actor(Protocol):
     exact_sampler: bool
     """The rollout's log-probabilities are those of `evaluate` up to float error of the same precision."""
 
+    own_rollouts: bool
+    """Its rollouts are its own; false: stored ones, of a policy that is unknown."""
     independent_decisions: bool
     """Given the payload, `evaluate` sees each decision alone, so that a row may hold any one of them."""
 

@@ -89,6 +89,7 @@ class SumModActor:
 
     domain = "miniature"
     exact_sampler = True
+    own_rollouts = True
     independent_decisions = False
 
     def __init__(

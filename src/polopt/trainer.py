@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from polopt.batch import EVALUATED, Batch, Evaluation, concatenate
+from polopt.batch import Batch, Evaluation, concatenate
 from polopt.domain import Actor, Plan, Rollout, Task
 from polopt.engine import diagnostics
 from polopt.engine.diagnostics import Metrics
@@ -32,6 +32,7 @@ from polopt.engine.minibatches import minibatches
 from polopt.engine.optimization import FiniteGuard, learning_rate
 from polopt.engine.ranks import Ranks
 from polopt.engine.record import Record, Reporter
+from polopt.engine.requirements import check_requirements
 from polopt.engine.scores import SCORES, check_scores, score_vectors
 from polopt.engine.seeding import generator
 from polopt.errors import ConfigError
@@ -369,19 +370,7 @@ class Trainer:
 
     def _check(self) -> None:
         """Refuse what cannot work, before anything runs."""
-        available = (
-            self.actor.provides
-            | SCORES
-            | {f"{p}_{n}" for p in ("old", "ref") for n in self.actor.provides & EVALUATED}
-        )
-        for part in self.method.parts:
-            if part.domains is not None and self.actor.domain not in part.domains:
-                domains = ", ".join(sorted(part.domains))
-                raise ConfigError(f"{part.slot} {part.name}: works on {domains}, not on {self.actor.domain}")
-            for name in sorted(part.requires - self.method.provides - available):
-                raise ConfigError(
-                    f"{part.slot} {part.name}: needs {name!r}, which this {self.actor.domain} run lacks"
-                )
+        check_requirements(self.method, self.actor.domain, self.actor.provides, self.actor.own_rollouts)
         for name in sorted(self.method.requires & SCORES):
             check_scores(name, self.config.prompts * self.config.rollouts, 1, self.actor.module, self.ranks)
         if self.method.optimizer.per_group_gradients and not self.method.separable:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+import polopt
 from polopt.cli.building import build, close
 from polopt.config import RunConfig
 from polopt.errors import ConfigError
@@ -69,4 +70,11 @@ def test_bad_data_is_one_line(tmp_path: Path, change: dict[str, Any], message: s
     run = trainer(data(tmp_path, **change))
     with pytest.raises(ConfigError, match=message):
         run.iterate()
+    close(run)
+
+
+def test_the_trainer_refuses_it_too(tmp_path: Path) -> None:
+    run = trainer(data(tmp_path))
+    with pytest.raises(ConfigError, match="reads the policy that made the completions"):
+        polopt.Trainer(run.actor, run.task, polopt.recipe("grpo"))
     close(run)

@@ -63,6 +63,7 @@ def resolve(config: RunConfig) -> "tuple[RunConfig, Method]":
     Raises:
         ConfigError: a part or an option is unknown or out of range, or the parts do not fit together or the domain.
     """
+    from polopt.engine.requirements import check_requirements
     from polopt.registry import recipe
 
     for plugin in config.plugins:
@@ -70,12 +71,8 @@ def resolve(config: RunConfig) -> "tuple[RunConfig, Method]":
     method = recipe(config.method, config.domain, **config.slots)
     trainer = config.trainer.with_defaults(method.defaults)
     config = configure({**dict(config), "trainer": trainer})
-    if config.domain == "language" and config.language.stored and not method.surrogate.any_origin:
-        raise ConfigError(
-            f"language.stored = true: surrogate {method.surrogate.name} reads the policy that made the completions, which is "
-            "unknown; use --surrogate copg"
-        )
-    _check_method(method, config.domain, DOMAINS[config.domain].provides())
+    own_rollouts = config.domain != "language" or not config.language.stored
+    check_requirements(method, config.domain, DOMAINS[config.domain].provides(), own_rollouts)
     return config, method
 
 
@@ -191,17 +188,3 @@ def _import_plugin(path: Path) -> None:
         load_file(str(path))
     except Exception as error:
         raise ConfigError(f"plugins = '{path}': cannot be imported, {describe(error)}") from error
-
-
-def _check_method(method: "Method", domain: str, provides: frozenset[str]) -> None:
-    """What the trainer checks when it has an actor, before there is one."""
-    from polopt.batch import EVALUATED
-
-    available = provides | {f"{policy}_{name}" for policy in ("old", "ref") for name in provides & EVALUATED}
-    for part in method.parts:
-        if part.domains is not None and domain not in part.domains:
-            raise ConfigError(
-                f"{part.slot} {part.name}: works on {', '.join(sorted(part.domains))}, not on {domain}"
-            )
-        for name in sorted(part.requires - method.provides - available):
-            raise ConfigError(f"{part.slot} {part.name}: needs {name!r}, which a {domain} run lacks")

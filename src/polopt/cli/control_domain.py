@@ -39,7 +39,7 @@ class ControlDomain:
         from polopt.batch import EVALUATED
 
         carried = {"old_entropy", "old_value", "old_median", "last_value", "step_rewards", "state_action"}
-        return EVALUATED | carried | {"terminated", "truncated", "scores", "decision_scores"}
+        return EVALUATED | carried | {"terminated", "truncated"}
 
     def task(self, config: RunConfig) -> "ControlTask":
         """The environment."""

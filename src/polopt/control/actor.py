@@ -40,6 +40,7 @@ class ControlActor:
 
     domain = "control"
     exact_sampler = True
+    own_rollouts = True
     independent_decisions = True
 
     def __init__(

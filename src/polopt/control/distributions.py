@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot, softplus
 
 from polopt.errors import ConfigError
+from polopt.functional.divergence import categorical_kl, gaussian_kl
 
 LOG_STD_RANGE = (-20.0, 2.0)
 """Logarithms of a state-dependent standard deviation are clamped to this range."""
@@ -104,8 +105,7 @@ class Categorical(ActionDistribution):
 
     def kl(self, outputs: Tensor, old: Tensor) -> Tensor:
         pairs = zip(outputs.split(self.sizes, -1), old.split(self.sizes, -1), strict=True)
-        logprobs = [(new.log_softmax(-1), before.log_softmax(-1)) for new, before in pairs]
-        return torch.stack([(p.exp() * (p - q)).sum(-1) for p, q in logprobs], -1).sum(-1)
+        return torch.stack([categorical_kl(new, before) for new, before in pairs], -1).sum(-1)
 
     def numbers(self, action: Tensor) -> Tensor:
         parts = zip(action.unbind(-1), self.sizes, strict=True)
@@ -153,11 +153,7 @@ class Gaussian(ActionDistribution):
         return outputs[..., self.width :].sum(-1) + 0.5 * math.log(2 * math.pi * math.e) * self.width
 
     def kl(self, outputs: Tensor, old: Tensor) -> Tensor:
-        mean, log_std = outputs.chunk(2, -1)
-        old_mean, old_log_std = old.chunk(2, -1)
-        difference = log_std - old_log_std
-        distance = (mean - old_mean).square() * (-2 * old_log_std).exp()
-        return (0.5 * ((2 * difference).exp() + distance) - difference - 0.5).sum(-1)
+        return gaussian_kl(*outputs.chunk(2, -1), *old.chunk(2, -1))
 
     def numbers(self, action: Tensor) -> Tensor:
         return action

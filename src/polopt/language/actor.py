@@ -78,6 +78,7 @@ class LanguageActor:
         large = sum(p.numel() for p in self.model.parameters()) > LARGE_MODEL and weights == torch.float32
         compute = {"auto": torch.bfloat16 if large else weights, "same": weights, "bfloat16": torch.bfloat16}
         self.compute_dtype, sampler_dtype = compute[config.compute_dtype], compute[config.sampler_dtype]
+        self.own_rollouts = not config.stored
         self.exact_sampler = sampler_dtype == weights and self.compute_dtype == weights
         self.sampler = CompletionSampler(
             self.model,

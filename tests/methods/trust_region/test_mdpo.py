@@ -10,13 +10,12 @@ from torch.testing import assert_close
 import polopt
 from polopt.batch import Batch, Evaluation
 from polopt.errors import ConfigError
+from polopt.functional.divergence import categorical_kl, gaussian_kl
 from polopt.functional.masked import standardize
 from polopt.methods.classics.ppo import PPOClip
 from polopt.methods.trust_region.mdpo import (
     MirrorDescent,
     annealed_step,
-    categorical_kl,
-    gaussian_kl,
     mirror_loss,
     mirror_step,
     sampled_divergence,

@@ -5,10 +5,9 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from polopt.batch import Evaluation
+from polopt.functional.divergence import categorical_kl, gaussian_kl
 from polopt.methods.trust_region.mdpo import (
     MirrorDescent,
-    categorical_kl,
-    gaussian_kl,
     mirror_step,
     soft_policy_loss,
     soft_q_target,

@@ -44,17 +44,6 @@ def gaussian_chi2(
     return torch.where(finite.all(-1), torch.expm1(logs.sum(-1)), torch.inf)
 
 
-def gaussian_kl(
-    p_mean: Float[Tensor, "*n D"],
-    p_std: Float[Tensor, "*n D"],
-    q_mean: Float[Tensor, "*n D"],
-    q_std: Float[Tensor, "*n D"],
-) -> Float[Tensor, "*n"]:
-    """KL in nats of diagonal Gaussians."""
-    square = (p_std.square() + (p_mean - q_mean).square()) / q_std.square()
-    return (q_std.log() - p_std.log() + (square - 1) / 2).sum(-1)
-
-
 def beta_chi2(
     p_alpha: Float[Tensor, "*n D"],
     p_beta: Float[Tensor, "*n D"],

@@ -89,25 +89,6 @@ def mirror_step(
     return MirrorStep(new, (new * (gain - log_norm)).sum(-1), log_norm[..., 0] / step)
 
 
-def categorical_kl(logits: Float[Tensor, "*S A"], old_logits: Float[Tensor, "*S A"]) -> Float[Tensor, "*S"]:
-    """KL(new || old) in nats of categorical distributions, equation (D3); `old_logits` are constant."""
-    logp, old_logp = logits.log_softmax(-1), old_logits.detach().log_softmax(-1)
-    return (logp.exp() * (logp - old_logp)).sum(-1)
-
-
-def gaussian_kl(
-    mean: Float[Tensor, "*S D"],
-    log_std: Float[Tensor, "*#S D"],
-    old_mean: Float[Tensor, "*S D"],
-    old_log_std: Float[Tensor, "*#S D"],
-) -> Float[Tensor, "*S"]:
-    """KL(new || old) in nats of diagonal Gaussians, equation (D3); the old ones are constant."""
-    old_mean, old_log_std = old_mean.detach(), old_log_std.detach()
-    change = log_std - old_log_std
-    distance = (mean - old_mean).square() / (2 * (2 * old_log_std).exp())
-    return ((2 * change).expm1() / 2 - change + distance).sum(-1)
-
-
 def tsallis_log(x: Float[Tensor, "*shape"], q: float) -> Float[Tensor, "*shape"]:
     """The logarithm of order q, equation (D9); the natural one for q = 1."""
     return tsallis_log_of_exp(x.log(), q)
