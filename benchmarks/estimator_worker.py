@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from trl_stand_in import StandIn
 
 warnings.simplefilter("ignore")
 Task = Callable[[], Any]
@@ -194,68 +195,21 @@ def trl_tasks(given: dict[str, Tensor]) -> Iterator[tuple[str, Task]]:
     }  # fmt: skip
 
     def loss(leaf: Tensor) -> Tensor:
-        stand_in = StandIn(args, leaf)
+        stand_in = trainer_of(args, leaf)
         return GRPOTrainer._compute_loss(stand_in, stand_in.model, inputs)
 
     yield "loss", lambda: backward(loss, given["logp"])
 
 
-class Nothing:
-    """Stands for whatever the trainer logs to: false, empty, and every call of it gives itself."""
-
-    def __getattr__(self, name: str) -> "Nothing":
-        return self
-
-    def __call__(self, *args: Any, **options: Any) -> "Nothing":
-        return self
-
-    def __getitem__(self, key: Any) -> "Nothing":
-        return self
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(())
-
-    def __bool__(self) -> bool:
-        return False
-
-
-class OneProcess:
-    """An accelerator without others."""
-
-    device, num_processes, process_index, is_main_process, sync_gradients = (
-        torch.device("cpu"),
-        1,
-        0,
-        True,
-        True,
-    )
-
-    def gather(self, tensor: Tensor) -> Tensor:
-        """The tensor itself."""
-        return tensor
-
-    gather_for_metrics = gather
-
-    def reduce(self, tensor: Tensor, reduction: str) -> Tensor:
-        """The tensor itself."""
-        return tensor
-
-
-class StandIn(Nothing):
+def trainer_of(args: Any, logp: Tensor) -> StandIn:
     """What TRL's loss reads of its trainer."""
-
-    def __init__(self, args: Any, logp: Tensor) -> None:
-        self.accelerator, self.args, self.model = OneProcess(), args, torch.nn.Identity().train()
-        self.epsilon_low = self.epsilon_high = 0.2
-        self.beta, self.top_entropy_quantile, self.off_policy_mask_threshold = 0.0, 1.0, None
-        self.use_vllm = self.use_adaptive_entropy = self._entropy_bonus_enabled = False
-        self.loss_type, self.importance_sampling_level = args.loss_type, "token"
-        self.max_completion_length, self.entropy_coef, self.current_gradient_accumulation_steps = (
-            logp.shape[1],
-            0.0,
-            1,
-        )
-        self._get_per_token_logps_and_entropies = lambda *a, **k: (logp, logp.detach(), None)
+    return StandIn(
+        args=args, model=torch.nn.Identity().train(), epsilon_low=0.2, epsilon_high=0.2, beta=0.0,
+        top_entropy_quantile=1.0, off_policy_mask_threshold=None, use_vllm=False, use_adaptive_entropy=False,
+        _entropy_bonus_enabled=False, loss_type=args.loss_type, importance_sampling_level="token",
+        max_completion_length=logp.shape[1], entropy_coef=0.0, current_gradient_accumulation_steps=1,
+        _get_per_token_logps_and_entropies=lambda *a, **k: (logp, logp.detach(), None),
+    )  # fmt: skip
 
 
 def main(library: str, rows: int, length: int, group: int) -> None:

@@ -14,7 +14,6 @@ attributes they read. Where the two libraries differ, the test says how, and set
   by ours.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from benchmarks.trl_stand_in import StandIn
 from polopt.batch import Batch
 from polopt.method import Advantage
 from polopt.methods.advantage.gdpo import DecoupledNormalized
@@ -41,53 +41,6 @@ grpo_trainer = other_library("trl.trainer.grpo_trainer")
 rloo_trainer = other_library("trl.trainer.rloo_trainer")
 pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("ignore::FutureWarning")]
 each_seed = pytest.mark.parametrize("seed", SEEDS)
-
-
-class Nothing:
-    """Stands for whatever the trainer logs to: false, empty, and every call of it gives itself."""
-
-    def __getattr__(self, name: str) -> "Nothing":
-        return self
-
-    def __call__(self, *args: Any, **options: Any) -> "Nothing":
-        return self
-
-    def __getitem__(self, key: Any) -> "Nothing":
-        return self
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(())
-
-    def __bool__(self) -> bool:
-        return False
-
-
-class OneProcess:
-    """An accelerator without others."""
-
-    device, num_processes, process_index, is_main_process, sync_gradients = (
-        torch.device("cpu"),
-        1,
-        0,
-        True,
-        True,
-    )
-
-    def gather(self, tensor: Tensor) -> Tensor:
-        return tensor
-
-    gather_for_metrics = gather
-
-    def reduce(self, tensor: Tensor, reduction: str) -> Tensor:
-        return tensor
-
-
-class StandIn(Nothing):
-    """A trainer with some attributes."""
-
-    def __init__(self, **attributes: Any) -> None:
-        self.accelerator = OneProcess()
-        self.__dict__.update(attributes)
 
 
 def settings_of(trainer: str, **options: Any) -> Any:
