@@ -100,15 +100,6 @@ def test_any_combination_trains_or_says_what_it_needs(
 
 
 def test_every_part_can_be_made_for_the_combinations() -> None:
-    for slot in (
-        "sampler",
-        "budget",
-        "shaping",
-        "advantage",
-        "selection",
-        "surrogate",
-        "regularizers",
-        "optimizer",
-    ):
+    for slot in polopt.method.SLOTS:
         for spec in specs(slot):
             assert make_part(slot, spec).slot == slot

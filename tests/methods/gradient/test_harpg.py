@@ -11,7 +11,6 @@ from torch.testing import assert_close
 
 import polopt
 from polopt.batch import Evaluation
-from polopt.domain import Plan, Rollout
 from polopt.engine.hessian import evaluation_product
 from polopt.errors import ConfigError
 from polopt.methods.gradient.harpg import HARPG, corrected
@@ -24,6 +23,7 @@ from polopt.methods.gradient.n_pg_igt import (
 )
 from polopt.miniature import SumModActor, SumModTask
 from polopt.testing import check_method
+from tests.methods.gradient.recorder import Recorder
 
 A = torch.tensor([[2.0, 0.3], [0.3, 0.5]], dtype=torch.float64)
 B = torch.tensor([1.0, -0.4], dtype=torch.float64)
@@ -200,24 +200,6 @@ def test_the_correction_is_averaged_as_the_equation_says() -> None:
     g, v, d = torch.randn(3, 7, dtype=torch.float64)
     eta = 0.3
     assert_close((1 - eta) * d + eta * corrected(g, v, eta), (1 - eta) * (d + v) + eta * g)
-
-
-class Recorder(SumModActor):
-    """Keeps the parameters at every rollout."""
-
-    def __init__(self, task: SumModTask) -> None:
-        super().__init__(task, width=8)
-        self.rolled: list[Tensor] = []
-        self.drawn: list[Tensor] = []
-
-    def flat(self) -> Tensor:
-        return torch.cat([p.detach().flatten() for p in self.module.parameters()])
-
-    def rollout(self, task: SumModTask, plan: Plan, generator: torch.Generator) -> Rollout:
-        self.rolled.append(self.flat())
-        found = super().rollout(task, plan, generator)
-        self.drawn.append(found.batch.payload["tokens"])
-        return found
 
 
 def trainer(optimizer: str, method: str = "n-pg-igt", **sizes: Any) -> polopt.Trainer:

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import polopt
-from polopt.batch import Batch, Evaluation
-from polopt.domain import Plan, Rollout
+from polopt.batch import Batch
 from polopt.engine.run_folder import read_metrics
 from polopt.errors import ConfigError
 from polopt.methods.gradient.n_pg_igt import (
@@ -25,8 +24,9 @@ from polopt.methods.gradient.n_pg_igt import (
     score_objective,
     step_weights,
 )
-from polopt.miniature import SumModActor, SumModTask
+from polopt.miniature import SumModTask
 from polopt.testing import check_method
+from tests.methods.gradient.recorder import Recorder
 
 A = torch.tensor([[2.0, 0.3], [0.3, 0.5]], dtype=torch.float64)
 B = torch.tensor([1.0, -0.4], dtype=torch.float64)
@@ -165,27 +165,6 @@ def test_the_baseline_is_fitted_to_the_iteration_before() -> None:
     assert_close(part(batch), plain)
     part.observe(batch)
     assert part(batch).abs().max() < 0.01 * plain.abs().max()
-
-
-class Recorder(SumModActor):
-    """Keeps the parameters at every rollout and at every evaluation with gradient."""
-
-    def __init__(self, task: SumModTask) -> None:
-        super().__init__(task, width=8)
-        self.rolled: list[Tensor] = []
-        self.evaluated: list[Tensor] = []
-
-    def flat(self) -> Tensor:
-        return torch.cat([p.detach().flatten() for p in self.module.parameters()])
-
-    def rollout(self, task: SumModTask, plan: Plan, generator: torch.Generator) -> Rollout:
-        self.rolled.append(self.flat())
-        return super().rollout(task, plan, generator)
-
-    def evaluate(self, batch: Batch, requires: frozenset[str], **options: Any) -> Evaluation:
-        if torch.is_grad_enabled():
-            self.evaluated.append(self.flat())
-        return super().evaluate(batch, requires, **options)
 
 
 def trainer(optimizer: str, out: Path | None = None, **sizes: Any) -> polopt.Trainer:
