@@ -115,7 +115,7 @@ def backward(
             return _separable(passes, batch, objective, rows)
         if current is None:
             current = evaluate_rows(actor, batch, rows, requires, passes.options, passes.ranks)
-        loss, cotangents = _differentiate(lambda e: objective(_among_all(e, batch, rows), batch), current)
+        loss, cotangents = differentiate(lambda e: objective(_among_all(e, batch, rows), batch), current)
         for piece, _, outputs in passes.over(batch[rows]):
             _pull_back(
                 piece, outputs, {name: cotangent[piece.rows] for name, cotangent in cotangents.items()}
@@ -179,7 +179,7 @@ def _constant_elsewhere(outputs: dict[str, Tensor]) -> Evaluation:
     return Evaluation(**{n: t if n in DIFFERENTIABLE else t.detach() for n, t in outputs.items()})
 
 
-def _differentiate(
+def differentiate(
     objective: Callable[[Evaluation], Float[Tensor, ""]], evaluation: Evaluation
 ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
     """The objective at an evaluation, and its derivative there with respect to each field that can have one."""

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from polopt.batch import Batch, Evaluation
-from polopt.engine.gradient import Evaluator, Objective, _differentiate
+from polopt.engine.gradient import Evaluator, Objective, differentiate
 from polopt.engine.ranks import Ranks
 
 
@@ -57,7 +57,7 @@ def hessian_product(
     for piece in ranks.share(actor.micro_batches(batch), batch.lengths):
         part = batch[piece.rows]
         evaluation = actor.evaluate(part, requires, **(options or {})).where(part.mask)
-        cotangents = _differentiate(partial(_of_part, objective, part), evaluation)[1]
+        cotangents = differentiate(partial(_of_part, objective, part), evaluation)[1]
         found = evaluation_product(evaluation, cotangents, part.mask, parameters, direction)
         if piece.counts:
             torch._foreach_add_(total, found)
