@@ -1,6 +1,7 @@
 """What every test runs under, with `make test` or with plain `pytest`."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch is imported, and inherited by the processes that tests start: tests run side by side, one thread each.
@@ -27,3 +28,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Options are read before the folders under `tests/` are."""
     data = Path(__file__).parent / "vectors" / "data"
     parser.addoption("--vectors", type=Path, default=data, help="folder of JSON test vectors")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def registry_as_it_was() -> Iterator[None]:
+    """What the tests of a module register is gone afterwards, so that no other test sees it, in whatever order they run."""
+    from polopt import registry
+
+    registry.load_all()
+    tables = (registry._parts, registry._recipes)
+    before = [{name: dict(known) for name, known in table.items()} for table in tables]
+    yield
+    for table, known in zip(tables, before, strict=True):
+        table.clear()
+        table.update(known)
