@@ -77,8 +77,9 @@ class Trainer:
         reporters: Sequence[Reporter] = (),
         ranks: Ranks | None = None,
     ) -> None:
-        self.config = (config or TrainerConfig()).with_defaults(method.defaults)
         self.actor, self.task, self.method = actor, task, method
+        whole_trajectories = actor.independent_decisions and not method.decision_wise
+        self.config = (config or TrainerConfig()).with_defaults(method.defaults, whole_trajectories)
         self.ranks = ranks or Ranks.start(self.config.sharding, self.config.ranks)
         self._check()
         self.ranks.shard(actor.module)

@@ -54,10 +54,20 @@ class TrainerConfig(Settings):
     sharding: Literal["none", "fsdp2"] = "none"
     """"none": every rank holds all parameters; "fsdp2": they are sharded."""
 
-    def with_defaults(self, defaults: Mapping[str, Any]) -> Self:
+    def with_defaults(self, defaults: Mapping[str, Any], whole_trajectories: bool = False) -> Self:
         """The same settings, with a method's defaults for the fields that were left open.
+
+        Args:
+            defaults: values by field.
+            whole_trajectories: the default number of minibatches is meant for single decisions, but the loss keeps trajectories
+                whole: it is lowered to the rollouts of an iteration.
 
         Raises:
             ConfigError: a default is out of range or fits the other fields badly.
         """
-        return self.create("trainer", **{**defaults, **self.model_dump(exclude_unset=True)})
+        given = self.model_dump(exclude_unset=True)
+        settings = self.create("trainer", **{**defaults, **given})
+        rows = settings.prompts * settings.rollouts
+        if whole_trajectories and "minibatches" not in given and settings.minibatches > rows:
+            return self.create("trainer", **{**defaults, **given, "minibatches": rows})
+        return settings

@@ -104,9 +104,14 @@ def test_methods_run(method: str) -> None:
     assert any(not torch.equal(a, b) for a, b in zip(before, weights(run), strict=True))
 
 
-@pytest.mark.parametrize("surrogate", ["mhpo", "r2vpo", "cispo", "mdpo:kl=exact"])
+@pytest.mark.parametrize("surrogate", ["mhpo", "etr", "r2vpo", "cispo", "gspo", "mdpo:kl=exact"])
 def test_surrogates_take_the_place_of_ppos(surrogate: str) -> None:
-    run = trainer(surrogate=surrogate, trainer={"iterations": 1})
+    """With the sizes of PPO's recipe: 32 minibatches of decisions, or as many as there are trajectories."""
+    config = RunConfig.create(
+        "", domain="control", method="ppo", surrogate=surrogate, control={"horizon": 24}
+    )
+    run = build(config)
+    assert run.config.minibatches == (32 if run.cuts_decisions else 8)
     run.iterate()
     close(run)
 

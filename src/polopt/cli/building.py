@@ -69,7 +69,8 @@ def resolve(config: RunConfig) -> "tuple[RunConfig, Method]":
     for plugin in config.plugins:
         _import_plugin(plugin)
     method = recipe(config.method, config.domain, **config.slots)
-    trainer = config.trainer.with_defaults(method.defaults)
+    whole_trajectories = config.domain == "control" and not method.decision_wise
+    trainer = config.trainer.with_defaults(method.defaults, whole_trajectories)
     config = configure({**dict(config), "trainer": trainer})
     own_rollouts = config.domain != "language" or not config.language.stored
     check_requirements(method, config.domain, DOMAINS[config.domain].provides(), own_rollouts)
