@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from polopt.cli import COMMANDS, main
-from polopt.cli.building import build, close, resolve
+from polopt.cli.building import build, claim_folder, close, resolve
 from polopt.cli.domains import DOMAINS
 from polopt.config import SECTIONS, RunConfig, configure
 from polopt.engine.optimization import DivergedError
@@ -101,6 +101,20 @@ def test_runs_without_a_name_get_folders_of_their_own(capsys: pytest.CaptureFixt
     first, second = shown(capsys, ["train", *quick]), shown(capsys, ["train", *quick])
     assert "grpo-reverse-001" in first and "grpo-reverse-002" in second
     assert "reward" not in first
+
+
+@pytest.mark.parametrize(
+    ("domain", "task", "name"),
+    [
+        ("control", "Pendulum-v1", "grpo-Pendulum-v1"),
+        ("control", "polopt/LQR-v0", "grpo-LQR-v0"),
+        ("language", "jsonl:data/questions.jsonl", "grpo-questions"),
+        ("language", "python:tasks.py:make", "grpo-make"),
+    ],
+)
+def test_run_without_a_name_goes_by_method_and_task(domain: str, task: str, name: str) -> None:
+    config = RunConfig.create("", domain=domain, task=task)
+    assert claim_folder(config) == Path(f"runs/{name}-001")
 
 
 def test_folder_that_holds_a_run_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -178,7 +178,8 @@ def is_main_process() -> bool:
 
 def _short_name(config: RunConfig) -> str:
     kind, _, rest = config.task.partition(":")
-    task = rest.rpartition(":")[2] if kind == "python" else Path(rest).stem
+    name = rest or kind
+    task = name.rpartition(":")[2] if kind == "python" else Path(name).stem
     return re.sub(r"[^\w.-]+", "-", f"{config.method}-{task}")
 
 
