@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Int
@@ -277,15 +277,18 @@ class Trainer:
         self.replayed = [*self.replayed, batch][max(0, len(self.replayed) + 2 - self.config.replay) :]
         for epoch in range(self.config.epochs):
             draws = self._draw(f"minibatches {epoch}")
-            seen: list[tuple[Evaluation, Batch]] = []
-            for rows in minibatches(data.group, self.config.minibatches, keep_groups, draws):
-                minibatch = data.take(rows)
+            rows = list(minibatches(data.group, self.config.minibatches, keep_groups, draws))
+            shuffled = data.take(torch.cat(rows))
+            seen: list[Step] = []
+            for minibatch in shuffled.split([len(r) for r in rows]):
                 minibatch.loss_weight = self.method.surrogate.loss_weights(minibatch)
                 if step := self._step(minibatch, fresh=not steps and not replaying):
                     steps.append(step.metrics)
-                    seen.append((step.evaluation, step.batch))
+                    seen.append(step)
             if seen:
-                epochs.append(diagnostics.describe_update(seen, self.method.surrogate))
+                evaluations = [step.evaluation for step in seen]
+                described = _all_of(seen, shuffled)
+                epochs.append(diagnostics.describe_update(evaluations, described, self.method.surrogate))
         return {"updates": float(len(steps))} | diagnostics.average(steps) | diagnostics.average(epochs)
 
     def _step(self, batch: Batch, fresh: bool) -> Step | None:
@@ -417,3 +420,13 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _all_of(steps: list[Step], epoch: Batch) -> Batch:
+    """The evaluated trajectories of an epoch's steps, one after the other."""
+    if len(steps) == 1:
+        return steps[0].batch
+    if sum(len(step.batch) for step in steps) < len(epoch):
+        return cast(Batch, torch.cat(cast(Any, [step.batch for step in steps])))
+    epoch.loss_weight = torch.cat([step.batch.loss_weight for step in steps])
+    return epoch

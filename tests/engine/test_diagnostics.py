@@ -34,7 +34,7 @@ def test_update_metrics_are_those_of_the_ratios() -> None:
     rows = batch()
     rows.advantages = torch.tensor([[1.0, 1.0], [1.0, 0.0]], dtype=torch.float64)
     ratios = torch.tensor([[2.0, 1.0], [0.5, 9.9]], dtype=torch.float64)
-    metrics = diagnostics.describe_update([(Evaluation(ratios.log() - 1.0), rows)], PPOClip())
+    metrics = diagnostics.describe_update([Evaluation(ratios.log() - 1.0)], rows, PPOClip())
     assert metrics["ratio/mean"] == pytest.approx(3.5 / 3)
     assert metrics["ratio/max"] == pytest.approx(2.0)
     assert metrics["ess"] == pytest.approx(3.5**2 / (3 * 5.25))

@@ -3,7 +3,6 @@
 import resource
 import sys
 from collections.abc import Sequence
-from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -56,16 +55,18 @@ def describe_advantages(batch: Batch) -> Metrics:
     }
 
 
-def describe_update(steps: Sequence[tuple[Evaluation, Batch]], surrogate: Surrogate) -> Metrics:
+def describe_update(evaluations: Sequence[Evaluation], batch: Batch, surrogate: Surrogate) -> Metrics:
     """Ratios and divergences of the evaluated trajectories of an epoch's minibatches, each as it was before its step.
 
     `ess` is the effective sample size of the ratios as a share of the decisions: (sum r)^2 / (n sum r^2).
+
+    Args:
+        evaluations: of each minibatch.
+        batch: the trajectories of all of them, in their order.
+        surrogate: says which decisions it cut off.
     """
-    fields = [evaluation.tensors() for evaluation, _ in steps]
+    fields = [evaluation.tensors() for evaluation in evaluations]
     evaluation = Evaluation(**{name: torch.cat([found[name] for found in fields]) for name in fields[0]})
-    batch = cast(
-        Batch, torch.cat(cast(Any, [batch for _, batch in steps])) if len(steps) > 1 else steps[0][1]
-    )
     mask = batch.mask
     difference = log_ratio(evaluation.logp, batch.old_logp, mask)
     ratio = difference.exp()[mask].double()

@@ -71,7 +71,7 @@ def evaluate_rows(
         return Evaluation(**dict.fromkeys(requires | {"logp"}, batch.old_logp[rows]))
     found = _Found(len(rows))
     with torch.no_grad():
-        for piece, _, outputs in _Passes(actor, requires, options, ranks).over(batch[rows]):
+        for piece, _, outputs in _Passes(actor, requires, options, ranks).over(batch.take(rows)):
             found.add(piece, outputs)
     return found.on_all(ranks)
 
@@ -109,14 +109,15 @@ def backward(
         ValueError: there are no rows.
     """
     rows = torch.arange(len(batch)) if rows is None else rows
+    evaluated = batch.take(rows)
     passes = _Passes(actor, requires, options or {}, ranks or Ranks())
     with passes.ranks.sum_gradients(actor.module):
         if separable:
-            return _separable(passes, batch, objective, rows)
+            return _separable(passes, evaluated, objective, rows)
         if current is None:
             current = evaluate_rows(actor, batch, rows, requires, passes.options, passes.ranks)
         loss, cotangents = differentiate(lambda e: objective(_among_all(e, batch, rows), batch), current)
-        for piece, _, outputs in passes.over(batch[rows]):
+        for piece, _, outputs in passes.over(evaluated):
             _pull_back(
                 piece, outputs, {name: cotangent[piece.rows] for name, cotangent in cotangents.items()}
             )
@@ -151,18 +152,19 @@ class _Found:
 
     def add(self, piece: Piece, outputs: dict[str, Tensor]) -> None:
         for name, tensor in outputs.items():
-            whole = self.fields.setdefault(name, tensor.new_zeros(self.size, *tensor.shape[1:]))
+            if name not in self.fields:
+                self.fields[name] = tensor.new_zeros(self.size, *tensor.shape[1:])
             if piece.counts:
-                whole[piece.rows] = tensor.detach()
+                self.fields[name][piece.rows] = tensor.detach()
 
     def on_all(self, ranks: Ranks) -> Evaluation:
         return Evaluation(**{name: ranks.sum(tensor) for name, tensor in sorted(self.fields.items())})
 
 
-def _separable(passes: _Passes, batch: Batch, objective: Objective, rows: Rows) -> Backward:
+def _separable(passes: _Passes, evaluated: Batch, objective: Objective, rows: Rows) -> Backward:
     total = torch.zeros((), dtype=torch.float64)
     found = _Found(len(rows))
-    for piece, part, outputs in passes.over(batch.take(rows)):
+    for piece, part, outputs in passes.over(evaluated):
         found.add(piece, outputs)
         if not piece.counts:
             _pull_back(piece, outputs, dict.fromkeys(set(DIFFERENTIABLE) & outputs.keys(), total))
