@@ -206,6 +206,8 @@ class Evaluation:
 
     def where(self, mask: Bool[Tensor, "N T"]) -> Self:
         """The evaluation with zeros outside `mask`, which also stops whatever gradient lies there."""
+        if bool(mask.all()):
+            return self
 
         def keep(tensor: Tensor) -> Tensor:
             shaped = mask.view(mask.shape + (1,) * (tensor.dim() - mask.dim()))

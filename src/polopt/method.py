@@ -13,6 +13,7 @@ A part is registered by name in its slot and a recipe, which is a paper's whole 
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
@@ -20,6 +21,7 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
+from polopt.adamw import AdamW
 from polopt.batch import EVALUATED, Batch, Evaluation
 from polopt.errors import ConfigError
 from polopt.functional.aggregation import Aggregation, Denominator, aggregation_weights
@@ -288,7 +290,7 @@ class Optimizer(Part):
     def build(self, parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
         """The optimizer of these parameters."""
         c = self.config
-        return torch.optim.AdamW(parameters, lr, (c.beta1, c.beta2), c.eps, c.weight_decay, fused=True)
+        return AdamW(parameters, lr, (c.beta1, c.beta2), c.eps, c.weight_decay, fused=True)
 
 
 SLOTS: dict[str, type[Part]] = {
@@ -348,7 +350,7 @@ class Method(nn.Module):
         filling = getattr(self, name)
         return list(filling) if name in MANY else [filling]
 
-    @property
+    @cached_property
     def parts(self) -> list[Part]:
         """All parts, in the order of the data."""
         return [part for slot in SLOTS for part in self.slot(slot)]
@@ -363,13 +365,13 @@ class Method(nn.Module):
         """Signals that the parts give each other."""
         return frozenset().union(*(p.provides for p in self.parts))
 
-    @property
+    @cached_property
     def evaluated(self) -> frozenset[str]:
         """What the loss needs of the current policy, with gradient."""
         loss = [self.surrogate, *self.regularizers]
         return frozenset({"logp"}).union(*(cast(Part, p).requires & EVALUATED for p in loss))
 
-    @property
+    @cached_property
     def separable(self) -> bool:
         """The loss is a sum over trajectories, given `loss_weight`."""
         rows = self.surrogate.coupling in ("decision", "sequence")
@@ -414,8 +416,6 @@ class Method(nn.Module):
     def objective(self, evaluation: Evaluation, batch: Batch) -> Float[Tensor, ""]:
         """The loss of a minibatch as a function of the current policy's view of it; the batch is constant."""
         evaluation = evaluation.where(batch.mask)
-        if any(tensor.requires_grad for tensor in batch.values(True, True)):
-            batch = batch.detach()
         loss = self.surrogate(evaluation, batch)
         for regularizer in self.regularizers:
             loss = loss + regularizer(evaluation, batch)

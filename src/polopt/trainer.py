@@ -297,19 +297,21 @@ class Trainer:
             rows = batch.mask.any(-1).nonzero()[:, 0]
         if not len(rows):
             return None
-        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self.parameters:
+            parameter.grad = None
         with self.method.optimizer.at_rollout(self.optimizer):
             found = self._gradient(batch, rows, fresh)
         self.method.optimizer.correct_gradient(self.optimizer, self._hessian_product, self._draw)
-        norm = self.ranks.clip_gradients(self.parameters, math.inf if averages else self.config.max_grad_norm)
-        evaluated = batch.take(rows)
+        limit = math.inf if averages else self.config.max_grad_norm
+        loss, norm = float(found.loss), float(self.ranks.clip_gradients(self.parameters, limit))
+        evaluated = batch if len(rows) == len(batch) else batch[rows]
         if self.anchors:
             evaluated = self._anchored(found.evaluation, evaluated)
-        if self.guard.accepts(found.loss, norm):
+        if self.guard.accepts(loss, norm):
             self.optimizer.step()
             for part in self.method.parts:
                 part.after_step(found.evaluation, evaluated)
-        metrics = {"loss": float(found.loss), "grad_norm": float(norm), "rows/evaluated": float(len(rows))}
+        metrics = {"loss": loss, "grad_norm": norm, "rows/evaluated": float(len(rows))}
         return Step(metrics, found.evaluation, evaluated)
 
     def _gradient(self, batch: Batch, rows: Int[Tensor, " n"], fresh: bool) -> Backward:
@@ -329,8 +331,8 @@ class Trainer:
         current = self._known(batch.take(rows), names) if fresh and not self.anchors else None
         options = self.method.evaluation_options()
         return backward(
-            self.actor, batch, self._objective, names, separable=self.method.separable, rows=rows, current=current,
-            options=options, ranks=self.ranks,
+            self.actor, batch, self._objective, names, separable=self.method.separable,
+            rows=None if len(rows) == len(batch) else rows, current=current, options=options, ranks=self.ranks,
         )  # fmt: skip
 
     def _objective(self, evaluation: Evaluation, batch: Batch) -> Tensor:

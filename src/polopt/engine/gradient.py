@@ -108,8 +108,8 @@ def backward(
     Raises:
         ValueError: there are no rows.
     """
+    evaluated = batch if rows is None else batch.take(rows)
     rows = torch.arange(len(batch)) if rows is None else rows
-    evaluated = batch.take(rows)
     passes = _Passes(actor, requires, options or {}, ranks or Ranks())
     with passes.ranks.sum_gradients(actor.module):
         if separable:
@@ -151,6 +151,9 @@ class _Found:
         self.fields: dict[str, Tensor] = {}
 
     def add(self, piece: Piece, outputs: dict[str, Tensor]) -> None:
+        if piece.counts and torch.equal(piece.rows, torch.arange(self.size)):
+            self.fields = {name: tensor.detach() for name, tensor in outputs.items()}
+            return
         for name, tensor in outputs.items():
             if name not in self.fields:
                 self.fields[name] = tensor.new_zeros(self.size, *tensor.shape[1:])

@@ -38,13 +38,13 @@ class FiniteGuard:
     skipped: int = 0
     in_a_row: int = field(default=0)
 
-    def accepts(self, loss: torch.Tensor, gradient_norm: torch.Tensor) -> bool:
+    def accepts(self, loss: float | torch.Tensor, gradient_norm: float | torch.Tensor) -> bool:
         """Whether the step may be taken.
 
         Raises:
             DivergedError: more than `patience` in a row could not.
         """
-        if bool(torch.isfinite(loss)) and bool(torch.isfinite(gradient_norm)):
+        if math.isfinite(loss) and math.isfinite(gradient_norm):
             self.in_a_row = 0
             return True
         self.skipped += 1

@@ -177,8 +177,14 @@ class Ranks:
 
     def clip_gradients(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Float[Tensor, ""]:
         """Scale the gradients down to `max_norm`; returns the norm that they had, over all ranks and shards."""
-        norm = nn.utils.clip_grad_norm_(parameters, max_norm)
-        return norm if self._root is None else full(norm)
+        if self._root is not None:
+            return full(nn.utils.clip_grad_norm_(parameters, max_norm))
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if not gradients:
+            return torch.zeros(())
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        return norm
 
     def broadcast_parameters(self, module: nn.Module) -> None:
         """Give every rank the main rank's parameters and buffers."""

@@ -49,12 +49,12 @@ def aggregation_weights(
     """
     counted = mask if denominator == "all" else mask & (weights > 0)
     share = torch.where(mask, weights, torch.zeros_like(weights))
+    if aggregation == "token_mean":
+        return share / counted.sum().clamp(min=1)
     length = counted.sum(-1, keepdim=True).to(share.dtype)
     present = (counted if denominator == "selected" else mask).any(-1)
     rows = present.sum().clamp(min=1)
     match aggregation:
-        case "token_mean":
-            return share / length.sum().clamp(min=1)
         case "sequence_mean":
             return share / (length.clamp(min=1) * rows)
         case "sequence_mean_token_sum":

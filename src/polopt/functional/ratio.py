@@ -17,7 +17,7 @@ def log_ratio(
     bound: float = LOG_RATIO_BOUND,
 ) -> Float[Tensor, "N T"]:
     """log pi(a|s) - log pi_old(a|s) in nats, clamped to [-bound, bound]; 0 outside the mask. `old_logp` is constant."""
-    return (zero_outside(logp, mask) - zero_outside(old_logp.detach(), mask)).clamp(-bound, bound)
+    return zero_outside(logp - old_logp.detach(), mask).clamp(-bound, bound)
 
 
 def sequence_log_ratio(
@@ -27,8 +27,7 @@ def sequence_log_ratio(
     bound: float = LOG_RATIO_BOUND,
 ) -> Float[Tensor, "N 1"]:
     """Length-normalised log-ratio of each trajectory: the mean over its decisions (GSPO, arXiv 2507.18071, eq. 7)."""
-    difference = zero_outside(logp, mask) - zero_outside(old_logp.detach(), mask)
-    return row_mean(difference, mask).clamp(-bound, bound)[:, None]
+    return row_mean(logp - old_logp.detach(), mask).clamp(-bound, bound)[:, None]
 
 
 def clipped_surrogate(
