@@ -194,7 +194,7 @@ class Evaluation:
 
     def tensors(self) -> dict[str, Tensor]:
         """The fields that are there, by name."""
-        return {f.name: v for f in fields(self) if (v := getattr(self, f.name)) is not None}
+        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
 
     def map(self, function: Any) -> Self:
         """The evaluation with `function` applied to each tensor."""

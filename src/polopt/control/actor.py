@@ -15,7 +15,7 @@ from polopt.batch import Batch, Evaluation
 from polopt.control.collector import Collected, Collector
 from polopt.control.config import ControlConfig
 from polopt.control.distributions import Categorical, distribution_of
-from polopt.control.networks import ControlNetworks
+from polopt.control.networks import BOTH, CRITIC, POLICY, ControlNetworks
 from polopt.control.task import ControlTask
 from polopt.domain import Plan, Rollout
 from polopt.functional.masked import masked_sum
@@ -99,10 +99,11 @@ class ControlActor:
         if self._current is not self.module and "raw_observation" in payload.keys():
             observation = self._current.seen(payload["raw_observation"].double()).to(self.dtype)
         at = (slice(None), 0) if whole else mask
-        encoded = self._current.encode(observation[at])
-        found: dict[str, Tensor] = dict(self._current.values(encoded, requires & CRITICS))
+        encoded, critics = self._current.encode(observation[at]), requires & CRITICS
+        features, *of_critics = self._current.features(encoded, BOTH if critics else POLICY)
+        found = self._current.values(of_critics[0], critics) if critics else {}
         old = payload["distribution"][at] if "kl" in requires else None
-        found |= self._of_policy(encoded, action[at], old, requires, options)
+        found |= self._of_policy(features, action[at], old, requires, options)
         if whole:
             return Evaluation(**{name: value[:, None] for name, value in found.items()})
         return Evaluation(**{name: _placed(value, mask) for name, value in found.items()})
@@ -110,7 +111,8 @@ class ControlActor:
     def micro_batches(self, batch: Batch) -> list[Int[Tensor, " n"]]:
         """Rows in pieces of at most `micro_batch` decisions, or of one row."""
         limit = max(1, self.config.micro_batch // max(1, batch.mask.shape[1]))
-        return list(torch.arange(len(batch)).split(limit))
+        rows = torch.arange(len(batch))
+        return [rows] if len(rows) <= limit else list(rows.split(limit))
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -154,7 +156,11 @@ class ControlActor:
 
     def _act(self, observation: Tensor) -> Tensor:
         seen = self.module.seen(observation).to(self.dtype)
-        return self.module.distribution_outputs(self.module.encode(seen))[0]
+        return self._outputs(self.module.encode(seen))
+
+    def _outputs(self, encoded: Tensor) -> Tensor:
+        (features,) = self.module.features(encoded, POLICY)
+        return self.module.distribution_outputs(features)
 
     def _batch(self, found: Collected, group: Tensor, prompt_id: Tensor) -> Batch:
         """Rewards per decision, scaled, or one return for each trajectory."""
@@ -195,19 +201,19 @@ class ControlActor:
         batch.set_evaluated("old", self.evaluate(batch, frozenset({"logp"} | exact) | self.critics))
         encoded = self.module.encode(batch.payload["final_observation"])
         if "value" in self.critics:
-            batch.last_value = self.module.values(encoded, frozenset({"value"}))["value"]
+            (features,) = self.module.features(encoded, CRITIC)
+            batch.last_value = self.module.values(features, frozenset({"value"}))["value"]
         if self.keeps_state_action:
             seen, action = batch.payload["observation"].flatten(2), batch.payload["action"]
             batch.state_action = torch.cat([seen, self.distribution.numbers(action).to(seen)], -1)
         if self.keeps_distribution:
             seen = self.module.encode(batch.payload["observation"][batch.mask])
-            outputs = self.module.distribution_outputs(seen)[0]
-            batch.payload["distribution"] = _placed(outputs, batch.mask)
+            batch.payload["distribution"] = _placed(self._outputs(seen), batch.mask)
 
     def _of_policy(
-        self, encoded: Tensor, action: Tensor, old: Tensor | None, requires: frozenset[str], options: Any
+        self, features: Tensor, action: Tensor, old: Tensor | None, requires: frozenset[str], options: Any
     ) -> dict[str, Tensor]:
-        outputs, features = self._current.distribution_outputs(encoded)
+        outputs = self._current.distribution_outputs(features)
         found = {"logp": self.distribution.logp(outputs, action)}
         if "entropy" in requires:
             found["entropy"] = self.distribution.entropy(outputs)

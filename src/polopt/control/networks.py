@@ -14,6 +14,8 @@ ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU}
 _CLIP = 10.0
 _POLICY_GAIN = 0.01
 """Gain of the policy's last layer: the first actions hardly depend on the observation."""
+POLICY, CRITIC, BOTH = slice(0, 1), slice(1, 2), slice(0, 2)
+"""Whose hidden layers are evaluated."""
 
 
 class RunningMoments(nn.Module):
@@ -56,8 +58,33 @@ class RunningMoments(nn.Module):
         return (values / (self.variance + 1e-8).sqrt()).clamp(-_CLIP, _CLIP).to(values.dtype)
 
 
+class HiddenLayers(nn.Module):
+    """Hidden layers of B networks of the same widths, evaluated together as batched products.
+
+    Args:
+        networks: the linear layers of each network, in order; their weights are taken over.
+        activation: after each layer.
+    """
+
+    def __init__(self, networks: list[list[nn.Linear]], activation: nn.Module) -> None:
+        super().__init__()
+        self.activation, self.count = activation, len(networks)
+        layers = list(zip(*networks, strict=True))
+        self.weights = nn.ParameterList(torch.stack([layer.weight for layer in same]) for same in layers)
+        self.biases = nn.ParameterList(torch.stack([layer.bias for layer in same])[:, None] for same in layers)
+
+    def forward(self, inputs: Float[Tensor, "D F"], which: slice) -> Float[Tensor, "b D H"]:
+        """Features of some of the networks, which see the same."""
+        some = which.stop - which.start < self.count
+        hidden = inputs.expand(which.stop - which.start, *inputs.shape)
+        for weight, bias in zip(self.weights, self.biases, strict=True):
+            weight, bias = (weight[which], bias[which]) if some else (weight, bias)
+            hidden = self.activation(torch.baddbmm(bias, hidden, weight.mT))
+        return hidden
+
+
 class ControlNetworks(nn.Module):
-    """A policy and, if asked for, a critic and a median critic, each with layers of its own.
+    """A policy and, if asked for, a critic and a median critic, which have layers of their own.
 
     Images (three-dimensional observations) are seen through one convolutional network that all share.
 
@@ -77,17 +104,18 @@ class ControlNetworks(nn.Module):
     ) -> None:
         super().__init__()
         self.image = len(observation) == 3
-        self.convolution = _convolution(observation) if self.image else nn.Flatten(-len(observation))
-        size = _features(self.convolution, observation) if self.image else math.prod(observation)
+        self.convolution = _convolution(observation) if self.image else None
+        size = math.prod(observation) if self.convolution is None else _features(self.convolution, observation)
         self.own_std = not distribution.discrete and not config.state_dependent_std
         self.bounded_std = not distribution.discrete and config.state_dependent_std
         width = distribution.outputs // 2 if self.own_std else distribution.outputs
-        self.trunk = _layers(size, config)
+        layers = [_layers(size, config)]
         self.policy = _linear(config.hidden[-1], width, _POLICY_GAIN)
         self.log_std = nn.Parameter(torch.full((width,), config.log_std)) if self.own_std else None
         if self.bounded_std:
             nn.init.constant_(self.policy.bias[width // 2 :], config.log_std)
-        self.value_trunk = _layers(size, config) if critics else None
+        if critics:
+            layers.append(_layers(size, config))
         self.value = _linear(config.hidden[-1], 1, 1.0) if "value" in critics else None
         self.median = (
             nn.Sequential(
@@ -98,6 +126,7 @@ class ControlNetworks(nn.Module):
             if "median" in critics
             else None
         )
+        self.hidden = HiddenLayers(layers, ACTIVATIONS[config.activation]())
         self.observation_moments = RunningMoments(observation) if config.normalize_observations else None
         self.return_moments = RunningMoments(()) if config.normalize_rewards else None
 
@@ -109,38 +138,39 @@ class ControlNetworks(nn.Module):
 
     def encode(self, observation: Float[Tensor, "D *shape"]) -> Float[Tensor, "D F"]:
         """Input of the layers of policy and critic."""
-        if not self.image:
-            return self.convolution(observation)
+        if self.convolution is None:
+            return observation
         if observation.shape[-1] in (1, 3, 4):
             observation = observation.movedim(-1, -3)
         return self.convolution(observation)
 
-    def distribution_outputs(self, encoded: Float[Tensor, "D F"]) -> tuple[Tensor, Tensor]:
-        """Outputs [D, P] for the action distribution, and the features [D, H] they are linear in."""
-        features = self.trunk(encoded)
+    def features(self, encoded: Float[Tensor, "D F"], which: slice) -> tuple[Float[Tensor, "D H"], ...]:
+        """Last hidden layers of policy and critics, of those that are asked for."""
+        return self.hidden(encoded, which).unbind(0)
+
+    def distribution_outputs(self, features: Float[Tensor, "D H"]) -> Float[Tensor, "D P"]:
+        """Outputs for the action distribution, from the policy's features."""
         outputs = self.policy(features)
         if self.log_std is not None:
             outputs = torch.cat([outputs, self.log_std.expand_as(outputs)], -1)
         elif self.bounded_std:
             mean, log_std = outputs.chunk(2, -1)
             outputs = torch.cat([mean, log_std.clamp(*LOG_STD_RANGE)], -1)
-        return outputs, features
+        return outputs
 
-    def values(self, encoded: Float[Tensor, "D F"], which: frozenset[str]) -> dict[str, Float[Tensor, " D"]]:
-        """The critics named in `which`, in reward units."""
-        if not which or self.value_trunk is None:
-            return {}
-        features = self.value_trunk(encoded)
+    def values(
+        self, features: Float[Tensor, "D H"], which: frozenset[str]
+    ) -> dict[str, Float[Tensor, " D"]]:
+        """The critics named in `which`, in reward units, from their features."""
         heads: dict[str, Any] = {"value": self.value, "median": self.median}
         return {name: heads[name](features)[:, 0] for name in sorted(which)}
 
 
-def _layers(size: int, config: ControlConfig) -> nn.Sequential:
+def _layers(size: int, config: ControlConfig) -> list[nn.Linear]:
     widths = [size, *config.hidden]
-    layers: list[nn.Module] = []
-    for before, after in zip(widths, widths[1:], strict=False):
-        layers += [_linear(before, after, math.sqrt(2)), ACTIVATIONS[config.activation]()]
-    return nn.Sequential(*layers)
+    return [
+        _linear(before, after, math.sqrt(2)) for before, after in zip(widths, widths[1:], strict=False)
+    ]
 
 
 def _linear(before: int, after: int, gain: float) -> nn.Linear:

@@ -71,8 +71,9 @@ def evaluate_rows(
         return Evaluation(**dict.fromkeys(requires | {"logp"}, batch.old_logp[rows]))
     found = _Found(len(rows))
     with torch.no_grad():
-        for piece, _, outputs in _Passes(actor, requires, options, ranks).over(batch.take(rows)):
-            found.add(piece, outputs)
+        evaluated = batch.take(rows)
+        for piece, part, outputs in _Passes(actor, requires, options, ranks).over(evaluated):
+            found.add(piece, outputs, part is evaluated)
     return found.on_all(ranks)
 
 
@@ -150,8 +151,9 @@ class _Found:
         self.size = size
         self.fields: dict[str, Tensor] = {}
 
-    def add(self, piece: Piece, outputs: dict[str, Tensor]) -> None:
-        if piece.counts and torch.equal(piece.rows, torch.arange(self.size)):
+    def add(self, piece: Piece, outputs: dict[str, Tensor], whole: bool) -> None:
+        """Take over a piece's outputs, which are those of all rows in order where it is the `whole`."""
+        if piece.counts and whole:
             self.fields = {name: tensor.detach() for name, tensor in outputs.items()}
             return
         for name, tensor in outputs.items():
@@ -168,12 +170,12 @@ def _separable(passes: _Passes, evaluated: Batch, objective: Objective, rows: Ro
     total = torch.zeros((), dtype=torch.float64)
     found = _Found(len(rows))
     for piece, part, outputs in passes.over(evaluated):
-        found.add(piece, outputs)
+        found.add(piece, outputs, part is evaluated)
         if not piece.counts:
             _pull_back(piece, outputs, dict.fromkeys(set(DIFFERENTIABLE) & outputs.keys(), total))
             continue
         loss = objective(_constant_elsewhere(outputs), part)
-        total += loss.detach().double().cpu()
+        total = total + loss.detach().double().cpu()
         if loss.requires_grad:
             loss.backward()
     return Backward(passes.ranks.sum(total), found.on_all(passes.ranks), rows)
