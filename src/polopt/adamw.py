@@ -17,6 +17,12 @@ class _Moments(NamedTuple):
     """Steps that they have taken, one tensor for all of them."""
 
 
+def hookless(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark a step as one that torch need not wrap for profilers and step hooks, which takes as long as the step."""
+    step.hooked = True  # pyright: ignore[reportFunctionMemberAccess]
+    return step
+
+
 class AdamW(torch.optim.AdamW):
     """torch's fused AdamW, the same bit for bit and in its state, whose lists of tensors are made once, not every step."""
 
@@ -26,6 +32,7 @@ class AdamW(torch.optim.AdamW):
         super().__setstate__(state)
         self._moments = {}
 
+    @hookless
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step of the parameters that have a gradient; returns what the closure does."""

@@ -69,15 +69,19 @@ class HiddenLayers(nn.Module):
     def __init__(self, networks: list[list[nn.Linear]], activation: nn.Module) -> None:
         super().__init__()
         self.activation, self.count = activation, len(networks)
-        layers = list(zip(*networks, strict=True))
-        self.weights = nn.ParameterList(torch.stack([layer.weight for layer in same]) for same in layers)
-        self.biases = nn.ParameterList(torch.stack([layer.bias for layer in same])[:, None] for same in layers)
+        for number, same in enumerate(zip(*networks, strict=True)):
+            weight, bias = (
+                torch.stack([getattr(layer, name) for layer in same]) for name in ("weight", "bias")
+            )
+            self.register_parameter(f"weight{number}", nn.Parameter(weight))
+            self.register_parameter(f"bias{number}", nn.Parameter(bias[:, None]))
 
     def forward(self, inputs: Float[Tensor, "D F"], which: slice) -> Float[Tensor, "b D H"]:
         """Features of some of the networks, which see the same."""
         some = which.stop - which.start < self.count
         hidden = inputs.expand(which.stop - which.start, *inputs.shape)
-        for weight, bias in zip(self.weights, self.biases, strict=True):
+        parameters = iter(self._parameters.values())
+        for weight, bias in zip(parameters, parameters, strict=True):
             weight, bias = (weight[which], bias[which]) if some else (weight, bias)
             hidden = self.activation(torch.baddbmm(bias, hidden, weight.mT))
         return hidden
