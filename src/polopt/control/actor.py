@@ -1,7 +1,7 @@
 """A policy over the actions of a Gymnasium environment, with critics."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
@@ -15,7 +15,7 @@ from polopt.batch import Batch, Evaluation
 from polopt.control.collector import Collected, Collector
 from polopt.control.config import ControlConfig
 from polopt.control.distributions import Categorical, distribution_of
-from polopt.control.networks import BOTH, CRITIC, POLICY, ControlNetworks
+from polopt.control.networks import CRITIC, POLICY, ControlNetworks
 from polopt.control.task import ControlTask
 from polopt.domain import Plan, Rollout
 from polopt.functional.masked import masked_sum
@@ -73,7 +73,7 @@ class ControlActor:
         base = int(torch.randint(2**62, (), generator=generator))
         index = torch.arange(len(plan.prompt_ids)).repeat_interleave(plan.counts)
         prompts = plan.prompt_ids[index]
-        collector = Collector(self.distribution, self._act, self.config.gamma, tuple(self.config.report_info))
+        collector = Collector(self.distribution, self._acting(), self.config.gamma, tuple(self.config.report_info))
         if self.horizon and not plan.heldout:
             found = collector.steps(task, len(index), self.horizon, base, plan.first)
             batch = self._batch(found, found.lane + plan.first, found.lane + plan.first)
@@ -100,8 +100,9 @@ class ControlActor:
             observation = self._current.seen(payload["raw_observation"].double()).to(self.dtype)
         at = (slice(None), 0) if whole else mask
         encoded, critics = self._current.encode(observation[at]), requires & CRITICS
-        features, *of_critics = self._current.features(encoded, BOTH if critics else POLICY)
-        found = self._current.values(of_critics[0], critics) if critics else {}
+        hidden = self._current.hidden
+        features, of_critics = hidden(encoded).unbind(0) if critics else (hidden.alone(POLICY)(encoded), None)
+        found = {} if of_critics is None else self._current.values(of_critics, critics)
         old = payload["distribution"][at] if "kl" in requires else None
         found |= self._of_policy(features, action[at], old, requires, options)
         if whole:
@@ -151,16 +152,17 @@ class ControlActor:
     @torch.no_grad()
     def act(self, observation: Any) -> Any:
         """The mode of the policy for raw observations [E, ...], as a vector environment takes it; both numpy arrays."""
-        outputs = self._act(torch.as_tensor(observation))
+        outputs = self._acting()(torch.as_tensor(observation))
         return self.distribution.to_environment(self.distribution.mode(outputs).numpy())
 
-    def _act(self, observation: Tensor) -> Tensor:
-        seen = self.module.seen(observation).to(self.dtype)
-        return self._outputs(self.module.encode(seen))
+    def _acting(self) -> Callable[[Tensor], Tensor]:
+        """The present policy, from raw observations [E, ...] to the outputs for the distribution."""
+        module, dtype, features = self.module, self.dtype, self.module.hidden.alone(POLICY)
 
-    def _outputs(self, encoded: Tensor) -> Tensor:
-        (features,) = self.module.features(encoded, POLICY)
-        return self.module.distribution_outputs(features)
+        def act(observation: Tensor) -> Tensor:
+            return module.distribution_outputs(features(module.encode(module.seen(observation).to(dtype))))
+
+        return act
 
     def _batch(self, found: Collected, group: Tensor, prompt_id: Tensor) -> Batch:
         """Rewards per decision, scaled, or one return for each trajectory."""
@@ -201,14 +203,15 @@ class ControlActor:
         batch.set_evaluated("old", self.evaluate(batch, frozenset({"logp"} | exact) | self.critics))
         encoded = self.module.encode(batch.payload["final_observation"])
         if "value" in self.critics:
-            (features,) = self.module.features(encoded, CRITIC)
+            features = self.module.hidden.alone(CRITIC)(encoded)
             batch.last_value = self.module.values(features, frozenset({"value"}))["value"]
         if self.keeps_state_action:
             seen, action = batch.payload["observation"].flatten(2), batch.payload["action"]
             batch.state_action = torch.cat([seen, self.distribution.numbers(action).to(seen)], -1)
         if self.keeps_distribution:
             seen = self.module.encode(batch.payload["observation"][batch.mask])
-            batch.payload["distribution"] = _placed(self._outputs(seen), batch.mask)
+            outputs = self.module.distribution_outputs(self.module.hidden.alone(POLICY)(seen))
+            batch.payload["distribution"] = _placed(outputs, batch.mask)
 
     def _of_policy(
         self, features: Tensor, action: Tensor, old: Tensor | None, requires: frozenset[str], options: Any

@@ -79,13 +79,14 @@ class Collector:
                 recording, np.where(made.real, row, -1), before, action, made, living.totals
             )
             living.observation = made.observation
-            if made.ended.any():
-                lanes = np.nonzero(made.ended)[0]
+            ended = made.ended
+            if ended.any():
+                lanes = np.nonzero(ended)[0]
                 endings.add(row[lanes], lanes, made, totals)
                 begins[lanes] = step + 1
                 row[lanes] = sum(map(len, lane_of)) + np.arange(len(lanes))
                 lane_of.append(lanes)
-                living.observation = living.begin(made.ended, made.observation)
+                living.observation = living.begin(ended, made.observation)
         if not living.environments.native:
             living.keep(np.stack(sent), begins)
         endings.leave(row, living.observation)
@@ -136,9 +137,9 @@ class Collector:
 
     def _choose(self, observation: Array, noise: Tensor, greedy: bool) -> Array:
         outputs = self._act(torch.from_numpy(observation))
-        noise = noise.to(outputs)
-        chosen = self.distribution.mode(outputs) if greedy else self.distribution.draw(outputs, noise)
-        return chosen.numpy()
+        if greedy:
+            return self.distribution.mode(outputs).numpy()
+        return self.distribution.draw(outputs, noise.to(outputs)).numpy()
 
     def _record(
         self,
@@ -150,9 +151,8 @@ class Collector:
         totals: EpisodeTotals,
     ) -> dict[str, Array]:
         """Record a step; the sums over each episode with it."""
-        earned = {"return": made.reward, "length": np.ones(len(row))}
-        earned |= {name: np.asarray(made.info[name], dtype=np.float64) for name in self.info}
-        earned = {name: np.where(made.real, values, 0.0) for name, values in earned.items()}
+        earned = {"return": np.where(made.real, made.reward, 0.0), "length": made.real}
+        earned |= {name: np.where(made.real, made.reported(name), 0.0) for name in self.info}
         discounted = totals.add("discounted", earned["return"], self.gamma)
         recording.add(row, observation=observation, action=action, reward=made.reward, discounted=discounted)
         return {name: totals.add(name, values) for name, values in earned.items()}

@@ -9,7 +9,7 @@ import math
 from typing import Any, Protocol
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import one_hot, softplus
 
@@ -84,11 +84,10 @@ class Categorical(ActionDistribution):
         return draws.random((*shape, self.width))
 
     def draw(self, outputs: Tensor, noise: Tensor) -> Tensor:
-        chosen = []
-        for logits, uniform in zip(outputs.split(self.sizes, -1), noise.unbind(-1), strict=True):
-            below = logits.softmax(-1).cumsum(-1) < uniform[..., None]
-            chosen.append(below.sum(-1).clamp(max=logits.shape[-1] - 1))
-        return torch.stack(chosen, -1)
+        if self.width == 1:
+            return _drawn(outputs, noise)
+        pairs = zip(outputs.split(self.sizes, -1), noise.split(1, -1), strict=True)
+        return torch.cat([_drawn(logits, uniform) for logits, uniform in pairs], -1)
 
     def mode(self, outputs: Tensor) -> Tensor:
         return torch.stack([logits.argmax(-1) for logits in outputs.split(self.sizes, -1)], -1)
@@ -113,6 +112,12 @@ class Categorical(ActionDistribution):
 
     def to_environment(self, action: Any) -> Any:
         return action[..., 0] + self.start if self.single else action + self.start
+
+
+def _drawn(logits: Float[Tensor, "*n A"], uniform: Float[Tensor, "*n 1"]) -> Int[Tensor, "*n 1"]:
+    """The choice at which the summed probabilities reach a uniform number."""
+    below = logits.softmax(-1).cumsum(-1) < uniform
+    return below.sum(-1, keepdim=True).clamp(max=logits.shape[-1] - 1)
 
 
 class Gaussian(ActionDistribution):

@@ -1,11 +1,13 @@
 """Networks of policy and critics, and the running moments that normalise what they see."""
 
 import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from polopt.control.config import ControlConfig
 from polopt.control.distributions import LOG_STD_RANGE, ActionDistribution
@@ -14,8 +16,8 @@ ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU}
 _CLIP = 10.0
 _POLICY_GAIN = 0.01
 """Gain of the policy's last layer: the first actions hardly depend on the observation."""
-POLICY, CRITIC, BOTH = slice(0, 1), slice(1, 2), slice(0, 2)
-"""Whose hidden layers are evaluated."""
+POLICY, CRITIC = 0, 1
+"""Numbers of their hidden layers."""
 
 
 class RunningMoments(nn.Module):
@@ -76,15 +78,27 @@ class HiddenLayers(nn.Module):
             self.register_parameter(f"weight{number}", nn.Parameter(weight))
             self.register_parameter(f"bias{number}", nn.Parameter(bias[:, None]))
 
-    def forward(self, inputs: Float[Tensor, "D F"], which: slice) -> Float[Tensor, "b D H"]:
-        """Features of some of the networks, which see the same."""
-        some = which.stop - which.start < self.count
-        hidden = inputs.expand(which.stop - which.start, *inputs.shape)
-        parameters = iter(self._parameters.values())
-        for weight, bias in zip(parameters, parameters, strict=True):
-            weight, bias = (weight[which], bias[which]) if some else (weight, bias)
+    def forward(self, inputs: Float[Tensor, "D F"]) -> Float[Tensor, "B D H"]:
+        """Features of all networks, which see the same."""
+        hidden = inputs.expand(self.count, *inputs.shape)
+        for weight, bias in self._layers():
             hidden = self.activation(torch.baddbmm(bias, hidden, weight.mT))
         return hidden
+
+    def alone(self, number: int) -> Callable[[Tensor], Tensor]:
+        """One of the networks, from inputs [D, F] to features [D, H], with the present parameters."""
+        layers = [(weight[number], bias[number, 0]) for weight, bias in self._layers()]
+
+        def features(hidden: Tensor) -> Tensor:
+            for weight, bias in layers:
+                hidden = self.activation(linear(hidden, weight, bias))
+            return hidden
+
+        return features
+
+    def _layers(self) -> Iterator[tuple[Tensor, Tensor]]:
+        parameters: Iterator[Any] = iter(self._parameters.values())
+        return zip(parameters, parameters, strict=True)
 
 
 class ControlNetworks(nn.Module):
@@ -147,10 +161,6 @@ class ControlNetworks(nn.Module):
         if observation.shape[-1] in (1, 3, 4):
             observation = observation.movedim(-1, -3)
         return self.convolution(observation)
-
-    def features(self, encoded: Float[Tensor, "D F"], which: slice) -> tuple[Float[Tensor, "D H"], ...]:
-        """Last hidden layers of policy and critics, of those that are asked for."""
-        return self.hidden(encoded, which).unbind(0)
 
     def distribution_outputs(self, features: Float[Tensor, "D H"]) -> Float[Tensor, "D P"]:
         """Outputs for the action distribution, from the policy's features."""

@@ -75,14 +75,13 @@ class EpisodeTotals:
         self.sums = sums or {}
 
     def add(self, name: str, values: Array, decay: float = 1.0) -> Array:
-        """decay * sum + values, the sum from now on; a copy of it."""
+        """decay * sum + values, the sum from now on."""
         self.sums[name] = decay * self.sums.get(name, np.zeros(self._count)) + values
-        return self.sums[name].copy()
+        return self.sums[name]
 
     def clear(self, which: Array) -> None:
         """Begin anew where `which` [E]."""
-        for total in self.sums.values():
-            total[which] = 0.0
+        self.sums = {name: np.where(which, 0.0, total) for name, total in self.sums.items()}
 
 
 class Noise:
@@ -99,7 +98,7 @@ class Noise:
         self._draws = [np.random.default_rng(key) for key in keys]
         first = [distribution.noise((chunk,), draws) for draws in self._draws]
         self._ahead = np.stack(first, 1)
-        self._at = np.zeros(len(keys), dtype=np.int64)
+        self._at, self._lanes = np.zeros(len(keys), dtype=np.int64), np.arange(len(keys))
 
     def renew(self, lane: int, key: tuple[int, ...]) -> None:
         """Begin another stream in a lane."""
@@ -108,9 +107,10 @@ class Noise:
 
     def next(self) -> Tensor:
         """[E, D] for the next step."""
-        for lane in np.nonzero(self._at == self._chunk)[0].tolist():
-            self._refill(lane)
-        found = self._ahead[self._at, np.arange(len(self._at))]
+        if self._at.max() == self._chunk:
+            for lane in np.nonzero(self._at == self._chunk)[0].tolist():
+                self._refill(lane)
+        found = self._ahead[self._at, self._lanes]
         self._at += 1
         return torch.from_numpy(found)
 

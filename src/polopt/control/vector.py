@@ -1,7 +1,7 @@
 """Environments stepped together, with resets that are asked for: no transition is ever made up.
 
-Environments of Gymnasium's `SyncVectorEnv` never reset themselves (`AutoresetMode.DISABLED`); a native implementation that
-resets itself at the step after an episode's end has that step marked as not real.
+Environments that are stepped one after the other never reset themselves; a native implementation that resets itself at
+the step after an episode's end has that step marked as not real.
 """
 
 from typing import Any, NamedTuple
@@ -23,12 +23,25 @@ class Transition(NamedTuple):
     truncated: Array
     real: Array
     """False where the step was an automatic reset."""
-    info: dict[str, Any]
+    info: dict[str, Any] | list[dict[str, Any]]
+    """Of all environments, or of each."""
 
     @property
     def ended(self) -> Array:
         """Where the step ended an episode."""
         return (self.terminated | self.truncated) & self.real
+
+    def reported(self, name: str) -> Array:
+        """A number of `info`, float64 [E]; 0 where an environment does not report it.
+
+        Raises:
+            KeyError: none does.
+        """
+        if isinstance(self.info, dict):
+            return np.asarray(self.info[name], dtype=np.float64)
+        if not any(name in info for info in self.info):
+            raise KeyError(name)
+        return np.array([info.get(name, 0.0) for info in self.info], dtype=np.float64)
 
 
 class VectorEnvironments:
@@ -53,25 +66,38 @@ class VectorEnvironments:
         self.action_space = self._made.single_action_space
         self.observation_space = self._made.single_observation_space
         self._resets_next = np.zeros(count, dtype=bool)
+        space = self.observation_space
+        self._observation = np.zeros((count, *space.shape), dtype=space.dtype)
 
     def reset(self, seeds: list[int]) -> Array:
         """Begin episodes everywhere; a native implementation is seeded by the first."""
+        if not self.native:
+            return self.restart(np.ones(self.count, dtype=bool), seeds)
         self._resets_next[:] = False
-        observation, _ = self._made.reset(seed=seeds[0] if self.native else seeds)
-        return observation
+        return self._made.reset(seed=seeds[0])[0]
 
     def restart(self, which: Array, seeds: list[int]) -> Array:
         """Begin episodes where `which` [E]; returns the observations of all. Native ones do so by themselves."""
-        observation, _ = self._made.reset(seed=seeds, options={"reset_mask": which})
-        return observation
+        self._observation = self._observation.copy()
+        for lane in np.nonzero(which)[0].tolist():
+            self._observation[lane], _ = self._made.envs[lane].reset(seed=seeds[lane])
+        return self._observation
 
     def step(self, actions: Array) -> Transition:
         """One step of each."""
-        observation, reward, terminated, truncated, info = self._made.step(actions)
-        made = Transition(observation, reward, terminated, truncated, ~self._resets_next, info)
         if self.native:
+            *found, info = self._made.step(actions)
+            made = Transition(*found, ~self._resets_next, info)
             self._resets_next = made.ended
-        return made
+            return made
+        observation, reward = np.empty_like(self._observation), np.empty(self.count)
+        terminated, truncated = np.empty((2, self.count), dtype=bool)
+        infos: list[dict[str, Any]] = []
+        for lane, (env, action) in enumerate(zip(self._made.envs, actions, strict=True)):
+            observation[lane], reward[lane], terminated[lane], truncated[lane], info = env.step(action)
+            infos.append(info)
+        self._observation = observation
+        return Transition(observation, reward, terminated, truncated, ~self._resets_next, infos)
 
     def reseed(self, number: int, seed: int) -> None:
         """Give the dynamics of one environment, after its reset, a randomness of their own."""
