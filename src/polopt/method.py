@@ -111,7 +111,9 @@ class Sampler(Part):
         first = start % pool_size
         return order[first : first + count]
 
-    def to_score(self, pool_size: int) -> tuple[Int[Tensor, " P"], int] | None:
+    def to_score(
+        self, pool_size: int, of_epoch: Callable[[int], torch.Generator]
+    ) -> tuple[Int[Tensor, " P"], int] | None:
         """Prompts whose rollouts it wants to see before it draws, and how many of each; None: none now.
 
         These rollouts are not trained on.

@@ -194,7 +194,8 @@ class Trainer:
     def _collect(self, draw: Draw) -> Rollout:
         """Rollouts until the sampler has accepted as many trajectories as were asked for, or its rounds are used up."""
         wanted, kept, metrics, samples = self.config.prompts * self.config.rollouts, [], [], []
-        if asked := self.method.sampler.to_score(self.task.train_size):
+        epoch = partial(generator, self.config.seed, "epoch")
+        if asked := self.method.sampler.to_score(self.task.train_size, epoch):
             plan = Plan(asked[0], torch.full((len(asked[0]),), asked[1]))
             scored = self._rollout(plan, draw("scoring"))
             self.method.sampler.take_scores(scored.batch)
@@ -204,7 +205,6 @@ class Trainer:
             prompts = min(self.config.prompts, -(-missing // self.config.rollouts))
             if prompts <= 0:
                 break
-            epoch = partial(generator, self.config.seed, "epoch")
             prompt_ids = self.method.sampler(self.task.train_size, prompts, epoch, draw)
             counts = self.method.budget(prompt_ids, prompts * self.config.rollouts, draw)
             rollout = self._rollout(

@@ -108,6 +108,12 @@ def estimate_language(config: RunConfig, task: "LanguageTask", method: "Method")
         "none skipped; rewards and scores take no time",
         f"measured just now: {measured}",
     ]
+    if asked := method.sampler.to_score(task.train_size, lambda _: torch.Generator()):
+        scored = len(asked[0]) * asked[1]
+        assumptions.append(
+            f"not counted: {scored} completions that sampler {method.sampler.name} scores before the first iteration, "
+            f"{_amount(seconds['generation'] * scored / rows)} s"
+        )
     return Estimate(parameters, trained, {k: v / 1e9 for k, v in memory.items()}, seconds, assumptions)
 
 

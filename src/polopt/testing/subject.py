@@ -89,11 +89,12 @@ class Subject:
         made: list[dict[str, Tensor]] = []
         for iteration in iterations:
             draw = draws(0, iteration)
-            if asked := method.sampler.to_score(POOL):
+            epoch = partial(generator, 0, "epoch")
+            if asked := method.sampler.to_score(POOL, epoch):
                 scored = self.raw(method, seed=50 + iteration, groups=[asked[1]] * len(asked[0]))
                 scored.prompt_id = asked[0][scored.group]
                 method.sampler.take_scores(scored)
-            prompts = method.sampler(POOL, PROMPTS, partial(generator, 0, "epoch"), draw)
+            prompts = method.sampler(POOL, PROMPTS, epoch, draw)
             counts = method.budget(prompts, ROLLOUTS, draw)
             raw = self.raw(method, seed=100 + iteration)
             raw.prompt_id = raw.group + 100 + iteration % 2

@@ -225,3 +225,15 @@ def test_accuracy_filter_keeps_the_prompts_that_are_neither_solved_nor_hopeless(
     kept = AccuracyFilter().accepts(a_batch(values))
     assert torch.equal(kept, ~torch.isin(GROUP % 5, torch.tensor([0, 4])))
     assert AccuracyFilter().max_rounds == 20
+
+
+def test_accuracy_is_the_first_reward_alone() -> None:
+    accuracy = (torch.arange(40) % 4 < (GROUP % 5)).double()
+    kept = AccuracyFilter().accepts(a_batch(torch.stack([accuracy, torch.ones_like(accuracy)], 1)))
+    assert torch.equal(kept, ~torch.isin(GROUP % 5, torch.tensor([0, 4])))
+
+
+def test_accuracy_of_a_group_is_over_the_rewards_that_are_known() -> None:
+    accuracy = torch.tensor([1.0, torch.nan, 1.0, 0.0, torch.nan, torch.nan], dtype=torch.float64)
+    batch = a_batch(accuracy[:, None], torch.tensor([0, 0, 1, 1, 2, 2]), torch.zeros(6, dtype=torch.int64))
+    assert AccuracyFilter().accepts(batch).tolist() == [False, False, True, True, False, False]

@@ -195,9 +195,21 @@ def test_refreshes_come_every_so_many_batches() -> None:
     part = VarianceAware(update_every=3, scoring_rollouts=2)
     asked = []
     for _ in range(7):
-        asked.append(part.to_score(5) is not None)
+        asked.append(part.to_score(5, fixed) is not None)
         part(5, 2, fixed, fixed)
     assert asked == [True, False, False, True, False, False, True]
+
+
+def test_a_bounded_pool_is_a_random_part_of_the_prompts_that_is_scored_and_drawn_from_alone() -> None:
+    part = VarianceAware(pool=6, scoring_rollouts=2, ratio=0.5)
+    asked = part.to_score(1000, fixed)
+    assert asked is not None
+    pool, rollouts = asked
+    assert rollouts == 2 and len(pool.unique()) == 6 and pool.max() > 6
+    part.weights = torch.tensor([0.0, 0.0, 0.0, 1.0, 0.0, 0.0], dtype=torch.float64)
+    drawn = part(1000, 12, fixed, fixed)
+    assert set(drawn[0::2].tolist()) == {int(pool[3])}
+    assert sorted(drawn[1::2].tolist()) == pool.tolist()
 
 
 def test_state_continues_the_stream() -> None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from polopt.methods.preference.real import Variant, real_loss
+from polopt.batch import Batch, Evaluation
+from polopt.methods.preference.real import RewardsAsLabels, Variant, real_loss
 
 GROUP = torch.zeros(6, dtype=torch.int64)
 LABELS = torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0, 1.0], dtype=torch.float64)
@@ -114,3 +115,31 @@ def test_without_a_valid_group_loss_and_gradient_are_zero(variant: Variant) -> N
 def test_huge_logits_stay_finite(variant: Variant) -> None:
     loss, weights = loss_and_weights(logits(scale=1e4), variant)
     assert loss.isfinite() and weights.isfinite().all()
+
+
+def surrogate_loss(rewards: torch.Tensor, variant: Variant = "real", **fields: torch.Tensor) -> torch.Tensor:
+    mask = torch.ones(6, 2).bool()
+    batch = Batch(
+        mask=mask, old_logp=torch.zeros(6, 2).double(), rewards=rewards, group=GROUP, prompt_id=GROUP,
+        loss_weight=mask.double(), batch_size=[6], **fields,
+    )  # fmt: skip
+    return RewardsAsLabels(variant=variant)(Evaluation(logits()[:, None].expand(6, 2)), batch)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_loss_of_several_rewards_is_the_sum_of_their_losses(variant: Variant) -> None:
+    other = torch.tensor([0.0, 1.0, 1.0, torch.nan, 0.0, 1.0], dtype=torch.float64)
+    steps = torch.tensor([[0.5, 0.5], [0, 0], [1, 0], [0, 0], [-1, 1], [0, 1]], dtype=torch.float64)
+    found = surrogate_loss(torch.stack([LABELS, other], 1), variant, step_rewards=steps)
+    known = other.isfinite()
+    expected = (
+        loss_and_weights(logits(), variant)[0]
+        + real_loss(logits(), other, GROUP, known, variant=variant)
+        + loss_and_weights(logits(), variant, labels=steps.sum(1))[0]
+    )
+    assert_close(found, expected)
+
+
+def test_a_penalty_beside_the_label_changes_nothing() -> None:
+    penalty = torch.tensor([0.0, -0.3, 0.0, -1.0, 0.0, -0.2], dtype=torch.float64)
+    assert_close(surrogate_loss(torch.stack([LABELS, penalty], 1)), surrogate_loss(LABELS[:, None]))

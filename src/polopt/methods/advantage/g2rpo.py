@@ -202,15 +202,17 @@ class TaskEntropyBand(Regularizer):
 
 @register("accuracy_filter")
 class AccuracyFilter(Sampler):
-    """Keeps groups whose mean outcome lies in a range, and draws prompts anew for the others."""
+    """Keeps groups whose accuracy, the mean of the first reward, lies in a range; draws prompts anew for the others."""
+
+    domains = frozenset({"language", "miniature"})
 
     class Config(Settings):
         """Options of the filter."""
 
         low: float = 0.01
-        """Smallest mean outcome of a kept group."""
+        """Smallest accuracy of a kept group."""
         high: float = 0.99
-        """Largest mean outcome of a kept group."""
+        """Largest accuracy of a kept group."""
         max_rounds: int = Field(20, ge=1)
         """Rollout rounds until the batch is full."""
 
@@ -219,8 +221,9 @@ class AccuracyFilter(Sampler):
         self.max_rounds = self.config.max_rounds
 
     def accepts(self, batch: Batch) -> Bool[Tensor, " N"]:
-        groups = Groups.of(batch.group)
-        mean = groups.broadcast(groups.mean(batch.outcome()))
+        groups, known = Groups.of(batch.group), batch.rewards[:, 0].isfinite()
+        right = zero_outside(batch.rewards[:, 0].double(), known)
+        mean = groups.broadcast(groups.sum(right) / groups.sum(known.double()))  # NaN, which no range holds, if unknown
         return (mean >= self.config.low) & (mean <= self.config.high)
 
 

@@ -312,7 +312,10 @@ class BundleClip(Surrogate):
 
 @register_recipe("risk_po")
 def risk_po() -> Method:
-    """RiskPO in the paper's form, bundles of five prompts."""
+    """RiskPO in the paper's form with bundles of five prompts, centred on the batch."""
     return Method(
-        shaping=[Bundler()], advantage=MixedValueAtRisk(), surrogate=BundleClip(), defaults={"minibatches": 2}
+        shaping=[Bundler()],
+        advantage=MixedValueAtRisk(baseline="mean"),
+        surrogate=BundleClip(),
+        defaults={"minibatches": 2},
     )

@@ -16,13 +16,15 @@ repeated every few steps, that are not trained on.
 TDS is one of: 1 - self-BLEU of orders 1 to 3 (3, 4; the published code adds self-BLEU itself, against the paper), the
 share of distinct 3-grams, or the mean squared normalised edit distance. The uniform stream is one permutation of the pool
 with a cursor; too few entries left sends it back to the start, the rest is skipped; after a refresh it stands at B_r times
-the number of batches, modulo the pool (9). With min-max weights the least valued prompt is never drawn by the weighted
+the number of batches, modulo the pool (9). The pool is a random part of the task's prompts, at most `pool` of them, since
+each is scored by n_s rollouts: 256 x 8 = 2048 before the first batch by default. The paper scores some 15,000 for batches
+of 512, as many rollouts as are trained on between two refreshes. With min-max weights the least valued prompt is never drawn by the weighted
 part; `normalize="none"` weights by VPS itself, as the paper writes. RECONSTRUCTED: uniform draws when all weights are 0.
 
 Slots: sampler with state. Refreshing costs pool x n_s rollouts: count them when comparing.
 
-Use it when the pool holds many prompts that are solved always or never, and is small enough to be scored again and again.
-Not with a pool of many thousands of prompts: a refresh costs n_s rollouts of each.
+Use it when many prompts are solved always or never, and rollouts are cheap. Not for short runs: a refresh costs n_s
+rollouts of each prompt of the pool, and pays only over the batches that follow. Prompts outside the pool are never drawn.
 
 Pitfalls: the first reward is the correctness that is scored, not the total. With self-BLEU the diversity term reaches 1,
 the variance 1/4: alpha = beta lets diversity dominate. `momentum=1` freezes the first weights. A prompt may come twice in
@@ -178,6 +180,8 @@ class VarianceAware(Sampler):
         """Weight of the trajectory diversity (at most 1)."""
         metric: Diversity = "self_bleu_123"
         """Measure of the diversity of a prompt's chains."""
+        pool: int = Field(256, ge=1)
+        """D, prompts that are scored and drawn from: so many of the task's, at random, or all if there are fewer."""
         scoring_rollouts: int = Field(8, ge=1)
         """n_s, rollouts of each prompt of the pool per refresh; 8 to 32."""
         update_every: int = Field(35, ge=1)
@@ -195,10 +199,16 @@ class VarianceAware(Sampler):
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
         self.register_buffer("cursor", torch.zeros((), dtype=torch.int64))
 
-    def to_score(self, pool_size: int) -> tuple[Int[Tensor, " P"], int] | None:
+    def to_score(
+        self, pool_size: int, of_epoch: Callable[[int], torch.Generator]
+    ) -> tuple[Int[Tensor, " P"], int] | None:
         if int(self.calls) % self.config.update_every:
             return None
-        return torch.arange(pool_size), self.config.scoring_rollouts
+        return self._pool(pool_size, of_epoch).sort().values, self.config.scoring_rollouts
+
+    def _pool(self, size: int, of_epoch: Callable[[int], torch.Generator]) -> Int[Tensor, " D"]:
+        """The prompts that are drawn from, in the order of the uniform stream."""
+        return torch.randperm(size, generator=of_epoch(0))[: self.config.pool]
 
     def take_scores(self, batch: Batch) -> None:
         c, groups = self.config, Groups.of(batch.prompt_id)
@@ -215,20 +225,20 @@ class VarianceAware(Sampler):
         self, pool_size: int, count: int, of_epoch: Callable[[int], torch.Generator], draw: Draw
     ) -> Int[Tensor, " P"]:
         weighted, uniform = split_counts(count, self.config.ratio)
+        pool = self._pool(pool_size, of_epoch)
         if int(self.calls) % self.config.update_every == 0:  # the scores have just been refreshed
-            self.cursor.fill_(int(self.calls) * uniform % pool_size)
-        permutation = torch.randperm(pool_size, generator=of_epoch(0))
-        taken, cursor = uniform_stream(permutation, int(self.cursor), uniform)
+            self.cursor.fill_(int(self.calls) * uniform % len(pool))
+        taken, cursor = uniform_stream(pool, int(self.cursor), uniform)
         self.cursor.fill_(cursor)
         self.calls += 1
         if not weighted:
             return taken
-        weights = self.weights if self.weights.sum() > 0 else torch.ones(pool_size, dtype=torch.float64)
+        weights = self.weights if self.weights.sum() > 0 else torch.ones(len(pool), dtype=torch.float64)
         drawn = torch.multinomial(
             weights, weighted, replacement=True, generator=draw(f"vas {int(self.calls)}")
         )
         place = torch.argsort(torch.cat([torch.arange(weighted) * 2, torch.arange(uniform) * 2 + 1]))
-        return torch.cat([drawn, taken])[place]
+        return torch.cat([pool.sort().values[drawn], taken])[place]
 
 
 @register_recipe("mmr1_vas")

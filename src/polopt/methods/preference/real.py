@@ -17,7 +17,8 @@ weights are at most 1/tau and largest for the rollouts classified worst.
 
 A group is valid if it holds both classes; Q counts all groups of the minibatch, `bce` averages over the rollouts of
 valid groups only. Rewards other than 0 and 1 belong to no class (`bce`: the group's maximum is the positive class).
-RECONSTRUCTED: rollouts without a valid token leave their group; groups of unequal size.
+Several reward functions are labels of their own: the losses are added, as a total of 2 or a penalty would be no label.
+RECONSTRUCTED: rollouts without a valid token leave their group; groups of unequal size; several rewards.
 
 There is no trust region: one epoch, several minibatches of whole groups.
 
@@ -40,7 +41,7 @@ from torch.nn.functional import softplus
 
 from polopt.batch import Batch, Evaluation
 from polopt.functional.groups import Groups
-from polopt.functional.masked import row_mean, zero_outside
+from polopt.functional.masked import masked_sum, row_mean, zero_outside
 from polopt.method import Method, Surrogate
 from polopt.methods.classics.grpo import GroupStandardized
 from polopt.registry import register, register_recipe
@@ -109,7 +110,7 @@ class RewardsAsLabels(Surrogate):
 
     coupling = "group"
     zero_advantage_is_silent = False
-    reconstructed = "rollouts without a valid token, and groups of unequal size"
+    reconstructed = "rollouts without a valid token, groups of unequal size, and several rewards"
 
     class Config(Settings):
         """Options of the classification loss."""
@@ -124,17 +125,15 @@ class RewardsAsLabels(Surrogate):
         return (batch.weights > 0).to(batch.old_logp)
 
     def forward(self, evaluation: Evaluation, batch: Batch) -> Float[Tensor, ""]:
-        mask = batch.mask & (batch.loss_weight > 0)
-        difference = zero_outside(evaluation.logp, mask) - zero_outside(batch.old_logp, mask)
-        rewards = batch.outcome().to(difference)
-        return real_loss(
-            row_mean(difference, mask),
-            rewards,
-            batch.group,
-            mask.any(-1),
-            self.config.tau,
-            self.config.variant,
-        )
+        mask, rule = batch.mask & (batch.loss_weight > 0), (self.config.tau, self.config.variant)
+        logits = row_mean(zero_outside(evaluation.logp, mask) - zero_outside(batch.old_logp, mask), mask)
+        labels = [batch.rewards]
+        if batch.step_rewards is not None:
+            labels.append(masked_sum(batch.step_rewards, batch.mask)[:, None].to(batch.rewards))
+        loss = logits.new_zeros(())
+        for label in torch.cat(labels, 1).to(logits).unbind(1):
+            loss = loss + real_loss(logits, label, batch.group, mask.any(-1) & label.isfinite(), *rule)
+        return loss
 
 
 @register_recipe("real")
