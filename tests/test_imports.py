@@ -47,7 +47,7 @@ ALLOWED = {
 """What each module or folder of the package may import, besides itself and `errors`."""
 
 LAZY = {
-    "accelerate", "datasets", "diffusers", "gguf", "gymnasium", "math_verify", "matplotlib", "minari", "mujoco",
+    "accelerate", "datasets", "diffusers", "gguf", "gymnasium", "imageio", "math_verify", "matplotlib", "minari", "mujoco",
     "peft", "plotly", "reasoning_gym", "rich", "tensorboard", "textworld", "trackio", "transformers", "trl", "tyro",
     "verl", "wandb",
 }  # fmt: skip

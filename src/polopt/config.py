@@ -165,7 +165,7 @@ class RunConfig(Settings):
                 f"trainer.minibatches = {t.minibatches}: more than the rollouts of an iteration, "
                 f"prompts * rollouts = {t.prompts * t.rollouts}"
             )
-        if t.score_rollouts > 1 and not self.language.score_temperature:
+        if self.domain == "language" and t.score_rollouts > 1 and not self.language.score_temperature:
             raise ValueError(
                 f"trainer.score_rollouts = {t.score_rollouts}: greedy completions of a prompt are all the same; "
                 "set language.score_temperature above 0, or score_rollouts = 1"

@@ -18,7 +18,9 @@ from polopt.registry import recipe_domains
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(find_spec(SMOLLM2_PACKAGE) is None, reason="the package of the weights is not installed"),
+    pytest.mark.skipif(
+        find_spec(SMOLLM2_PACKAGE) is None, reason="the package of the weights is not installed"
+    ),
 ]
 SMALL = [
     *("--task", "builtin:largest", "--prompts", "2", "--rollouts", "4", "--iterations", "2", "--lr", "1e-4"),

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from polopt.config import RunConfig
 from polopt.errors import ConfigError, MissingExtraError
-from polopt.settings import parse_options
 
 if TYPE_CHECKING:
     from polopt.cli.estimate import Estimate
@@ -43,12 +42,9 @@ class ControlDomain:
 
     def task(self, config: RunConfig) -> "ControlTask":
         """The environment."""
-        from polopt.control.task import ControlTask
+        from polopt.control.task import ControlTask, typed_options
 
-        given = config.task_options.items()
-        texts = ",".join(f"{name}={value}" for name, value in given if isinstance(value, str))
-        options = {**config.task_options, **parse_options(texts, texts)}
-        return ControlTask(config.task, config.control, options)
+        return ControlTask(config.task, config.control, typed_options(config.task_options))
 
     def actor(self, config: RunConfig, task: "ControlTask", method: "Method") -> "ControlActor":
         """Networks from scratch."""

@@ -1,7 +1,7 @@
 """A policy over the actions of a Gymnasium environment, with critics."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
@@ -58,10 +58,7 @@ class ControlActor:
             torch.manual_seed(seed)
             self.module = ControlNetworks(
                 task.observation_space.shape, self.distribution, config, self.critics
-            ).to(self.dtype)
-        for moments in (self.module.observation_moments, self.module.return_moments):
-            if moments is not None:
-                moments.double()
+            )
         self._initial = deepcopy(self.module).requires_grad_(False)
         self._current = self.module
         self.provides = provides(task.action_space, config, self.critics)
@@ -73,7 +70,9 @@ class ControlActor:
         base = int(torch.randint(2**62, (), generator=generator))
         index = torch.arange(len(plan.prompt_ids)).repeat_interleave(plan.counts)
         prompts = plan.prompt_ids[index]
-        collector = Collector(self.distribution, self._acting(), self.config.gamma, tuple(self.config.report_info))
+        collector = Collector(
+            self.distribution, self.module.acting(), self.config.gamma, tuple(self.config.report_info)
+        )
         if self.horizon and not plan.heldout:
             found = collector.steps(task, len(index), self.horizon, base, plan.first)
             batch = self._batch(found, found.lane + plan.first, found.lane + plan.first)
@@ -152,17 +151,8 @@ class ControlActor:
     @torch.no_grad()
     def act(self, observation: Any) -> Any:
         """The mode of the policy for raw observations [E, ...], as a vector environment takes it; both numpy arrays."""
-        outputs = self._acting()(torch.as_tensor(observation))
+        outputs = self.module.acting()(torch.as_tensor(observation))
         return self.distribution.to_environment(self.distribution.mode(outputs).numpy())
-
-    def _acting(self) -> Callable[[Tensor], Tensor]:
-        """The present policy, from raw observations [E, ...] to the outputs for the distribution."""
-        module, dtype, features = self.module, self.dtype, self.module.hidden.alone(POLICY)
-
-        def act(observation: Tensor) -> Tensor:
-            return module.distribution_outputs(features(module.encode(module.seen(observation).to(dtype))))
-
-        return act
 
     def _batch(self, found: Collected, group: Tensor, prompt_id: Tensor) -> Batch:
         """Rewards per decision, scaled, or one return for each trajectory."""

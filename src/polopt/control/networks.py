@@ -123,7 +123,9 @@ class ControlNetworks(nn.Module):
         super().__init__()
         self.image = len(observation) == 3
         self.convolution = _convolution(observation) if self.image else None
-        size = math.prod(observation) if self.convolution is None else _features(self.convolution, observation)
+        size = (
+            math.prod(observation) if self.convolution is None else _features(self.convolution, observation)
+        )
         self.own_std = not distribution.discrete and not config.state_dependent_std
         self.bounded_std = not distribution.discrete and config.state_dependent_std
         width = distribution.outputs // 2 if self.own_std else distribution.outputs
@@ -147,6 +149,19 @@ class ControlNetworks(nn.Module):
         self.hidden = HiddenLayers(layers, ACTIVATIONS[config.activation]())
         self.observation_moments = RunningMoments(observation) if config.normalize_observations else None
         self.return_moments = RunningMoments(()) if config.normalize_rewards else None
+        self.to(getattr(torch, config.dtype))
+        for moments in (self.observation_moments, self.return_moments):
+            if moments is not None:
+                moments.double()
+
+    def acting(self) -> Callable[[Tensor], Tensor]:
+        """The present policy: from raw observations [D, ...] of any precision to outputs [D, P] for the distribution."""
+        dtype, features = self.policy.weight.dtype, self.hidden.alone(POLICY)
+
+        def act(observation: Tensor) -> Tensor:
+            return self.distribution_outputs(features(self.encode(self.seen(observation).to(dtype))))
+
+        return act
 
     def seen(self, observation: Tensor) -> Tensor:
         """What the networks take of a raw observation."""
@@ -172,9 +187,7 @@ class ControlNetworks(nn.Module):
             outputs = torch.cat([mean, log_std.clamp(*LOG_STD_RANGE)], -1)
         return outputs
 
-    def values(
-        self, features: Float[Tensor, "D H"], which: frozenset[str]
-    ) -> dict[str, Float[Tensor, " D"]]:
+    def values(self, features: Float[Tensor, "D H"], which: frozenset[str]) -> dict[str, Float[Tensor, " D"]]:
         """The critics named in `which`, in reward units, from their features."""
         heads: dict[str, Any] = {"value": self.value, "median": self.median}
         return {name: heads[name](features)[:, 0] for name in sorted(which)}
@@ -182,9 +195,7 @@ class ControlNetworks(nn.Module):
 
 def _layers(size: int, config: ControlConfig) -> list[nn.Linear]:
     widths = [size, *config.hidden]
-    return [
-        _linear(before, after, math.sqrt(2)) for before, after in zip(widths, widths[1:], strict=False)
-    ]
+    return [_linear(before, after, math.sqrt(2)) for before, after in zip(widths, widths[1:], strict=False)]
 
 
 def _linear(before: int, after: int, gain: float) -> nn.Linear:

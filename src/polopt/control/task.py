@@ -12,6 +12,7 @@ from polopt.control.vector import VectorEnvironments, make
 from polopt.domain import Task
 from polopt.engine.seeding import seed_sequence
 from polopt.errors import ConfigError
+from polopt.settings import parse_options
 
 Array = np.ndarray
 _HELDOUT = 2**31
@@ -42,6 +43,7 @@ class ControlTask(Task):
         self.reward_names: tuple[str, ...] = ("return",)
         probe = make(env, 1, config.vectorization == "native", self.options)
         self.action_space, self.observation_space = probe.single_action_space, probe.single_observation_space
+        self.metadata: dict[str, Any] = probe.metadata
         probe.close()
         if len(self.observation_space.shape) not in (1, 3):
             raise ConfigError(
@@ -173,6 +175,12 @@ class Living:
     def _next_seed(self) -> int:
         self._begun += 1
         return seed_sequence(self._base, "episode", self._begun) >> 32
+
+
+def typed_options(given: dict[str, Any]) -> dict[str, Any]:
+    """Options of an environment as a configuration has them, with texts as numbers and booleans where they are any."""
+    texts = ",".join(f"{name}={value}" for name, value in given.items() if isinstance(value, str))
+    return {**given, **parse_options(texts, texts)}
 
 
 def _tensor(values: Array) -> Tensor:

@@ -4,6 +4,7 @@ Environments that are stepped one after the other never reset themselves; a nati
 the step after an episode's end has that step marked as not real.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,6 +53,7 @@ class VectorEnvironments:
         count: copies.
         native: use the environment's own vectorised implementation.
         options: of the environment.
+        wrappers: around each copy, in order; not with `native`.
 
     Raises:
         ConfigError: there is no such environment, its options do not fit, or its observations are not supported.
@@ -59,10 +61,15 @@ class VectorEnvironments:
     """
 
     def __init__(
-        self, env: str, count: int, native: bool = False, options: dict[str, Any] | None = None
+        self,
+        env: str,
+        count: int,
+        native: bool = False,
+        options: dict[str, Any] | None = None,
+        wrappers: tuple[Callable[[Any], Any], ...] = (),
     ) -> None:
         self.env, self.count, self.native = env, count, native
-        self._made = make(env, count, native, options or {})
+        self._made = make(env, count, native, options or {}, wrappers)
         self.action_space = self._made.single_action_space
         self.observation_space = self._made.single_observation_space
         self._resets_next = np.zeros(count, dtype=bool)
@@ -125,14 +132,20 @@ class VectorEnvironments:
         self._made.close()
 
 
-def make(env: str, count: int, native: bool, options: dict[str, Any]) -> Any:
+def make(
+    env: str,
+    count: int,
+    native: bool,
+    options: dict[str, Any],
+    wrappers: tuple[Callable[[Any], Any], ...] = (),
+) -> Any:
     """A vector environment with one-dimensional or image observations; see `VectorEnvironments`."""
     gym = gymnasium()
-    wrappers = [] if native else [_flattened]
+    around = [] if native else [_flattened, *wrappers]
     mode = "vector_entry_point" if native else "sync"
     kwargs = {} if native else {"autoreset_mode": gym.vector.AutoresetMode.DISABLED}
     try:
-        made = gym.make_vec(env, count, mode, vector_kwargs=kwargs or None, wrappers=wrappers, **options)
+        made = gym.make_vec(env, count, mode, vector_kwargs=kwargs or None, wrappers=around, **options)
     except gym.error.Error as error:
         raise ConfigError(f"task = {env!r}: {_first_line(error)}") from error
     except ImportError as error:

@@ -223,7 +223,9 @@ class AccuracyFilter(Sampler):
     def accepts(self, batch: Batch) -> Bool[Tensor, " N"]:
         groups, known = Groups.of(batch.group), batch.rewards[:, 0].isfinite()
         right = zero_outside(batch.rewards[:, 0].double(), known)
-        mean = groups.broadcast(groups.sum(right) / groups.sum(known.double()))  # NaN, which no range holds, if unknown
+        mean = groups.broadcast(
+            groups.sum(right) / groups.sum(known.double())
+        )  # NaN, which no range holds, if unknown
         return (mean >= self.config.low) & (mean <= self.config.high)
 
 
