@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import re
 import shutil
 import signal
@@ -10,12 +11,15 @@ import sys
 import time
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from polopt.cli import jobs, main
+from polopt.cli.compare import _tuned
 from polopt.cli.comparison import TUNING_SEED
+from polopt.cli.domains import DOMAINS
 from polopt.cli.jobs import is_finished, make_run, run_all
 from polopt.config import configure
 from polopt.engine.run_folder import read_metrics
@@ -130,6 +134,65 @@ def test_run_ends_when_its_budget_is_used_up(unit: str, tmp_path: Path) -> None:
     assert newest == f"iteration-{len(used):06d}"
 
 
+def test_control_methods_get_as_many_steps_with_sizes_of_their_own(tmp_path: Path) -> None:
+    pytest.importorskip("gymnasium")
+    argv = ["compare", "--domain", "control", "--task", "polopt/Chain-v0", "--methods", "ppo,reinforce"]
+    argv += ["--horizon", "0", "--budget", "3000", "--score-every", "2", "--score-prompts", "4"]
+    argv += ["--seeds", "2", "--lrs", "0.001", "--jobs", "1", "--out", str(tmp_path)]
+    assert main(argv) == 0
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found["unit"] == "steps" and found["thresholds"] == {"polopt/Chain-v0": None}
+    assert {row["method"] for row in found["summary"]} == {"ppo", "reinforce"} and not found["failures"]
+    sizes = {}
+    for run in runs(tmp_path):
+        used = [line["steps"] for line in read_metrics(run)]
+        assert sum(used) >= 3000 > sum(used[:-1])
+        assert used == [line["decisions"] for line in read_metrics(run)]
+        trainer = config(run)["trainer"]
+        sizes[config(run)["method"]] = trainer["prompts"] * trainer["rollouts"]
+    assert sizes == {"ppo": 8, "reinforce": 128}
+
+
+def test_steps_of_environments_that_live_on_are_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("gymnasium")
+    argv = [
+        "compare",
+        "--domain",
+        "control",
+        "--task",
+        "CartPole-v1",
+        "--methods",
+        "ppo,bpo,mdpo",
+        "--dry-run",
+    ]
+    assert main(argv) == 0
+    assert "15 reported ones of 102400 steps" in capsys.readouterr().out  # 50 iterations of 8 x 256
+    assert main([*argv, "--horizon", "32", "--iterations", "3"]) == 0
+    assert "reported ones of 768 steps" in capsys.readouterr().out
+
+
+def test_environments_say_when_they_count_as_solved() -> None:
+    pytest.importorskip("gymnasium")
+    thresholds = {name: DOMAINS["control"].threshold(name) for name in ("CartPole-v1", "Pendulum-v1")}
+    assert thresholds == {"CartPole-v1": 475.0, "Pendulum-v1": math.inf}
+    assert DOMAINS["miniature"].threshold("miniature:rare") == 0.8
+
+
+def test_learning_rate_with_a_failed_run_comes_last_even_where_scores_are_negative(tmp_path: Path) -> None:
+    def folder(task: str, method: str, lr: float, seed: int) -> Path:
+        return tmp_path / f"{lr}-{seed}"
+
+    for lr, seed, score in ((0.1, 0, -50.0), (0.1, 1, -70.0), (0.3, 0, -10.0)):
+        folder("", "", lr, seed).mkdir()
+        summary = {"interrupted": False, "before": {"score": score}, "after": {"score": score}}
+        (folder("", "", lr, seed) / "summary.json").write_text(json.dumps(summary))
+        (folder("", "", lr, seed) / "metrics.jsonl").write_text('{"iteration": 1, "steps": 9}\n')
+    comparison: Any = SimpleNamespace(
+        tuning_seeds=[0, 1], lrs=[0.1, 0.3], folder=folder, unit="steps", budget=9
+    )
+    assert _tuned(comparison, ("task", "method")) == {0.1: -60.0, 0.3: -math.inf}
+
+
 def test_finished_runs_are_not_made_again_and_missing_ones_are(
     whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -236,8 +299,13 @@ def test_interrupted_comparison_says_so_and_the_same_command_goes_on(tmp_path: P
         (["--lrs", "0.1,abc"], ["--lrs", "abc"]),
         (["--lrs", "0.1,-1"], ["lrs", "-1"]),
         (["--budget-unit", "steps"], ["--budget-unit", "steps", "rollouts"]),
-        (["--budget-unit", "tokens"], ["budget"]),
+        (["--budget-unit", "steps"], ["--budget-unit", "steps", "rollouts or tokens"]),
+        (["--budget-unit", "tokens", "--score-every", "1"], ["budget", "tokens"]),
         (["--budget-unit", "tokens", "--budget", "100"], ["score_every"]),
+        (["--domain", "control", "--budget-unit", "rollouts"], ["--budget-unit", "rollouts", "steps"]),
+        (["--domain", "control", "--methods", "grpo"], ["score_every", "grpo", "steps"]),
+        (["--domain", "control", "--methods", "grpo", "--score-every", "1"], ["budget", "grpo", "steps"]),
+        (["--domain", "control", "--methods", "gbpo", "--task", "Nowhere-v0"], ["Nowhere"]),
         (["--tasks", "miniature:rar"], ["miniature:rar", "miniature:rare"]),
         (["--task-option", "lenth=3"], ["lenth", "length"]),
         (["--jobs", "0"], ["--jobs", "0"]),

@@ -59,29 +59,29 @@ def test_runs_that_never_reach_the_threshold_count_with_the_whole_budget() -> No
     runs = [run("easy", "base", 0, 0.9), run("easy", "base", 1, 0.2), run("easy", "base", 2, 0.1)]
     (row,) = summarize(runs, ["easy"], ["base"], SEEDS, BUDGET)
     assert row.reached == 1 and row.statistics["crossing"].high == BUDGET
-    assert "≥" in markdown([row], "base", "rollouts", 0.4, [0.1], {}) and "1/3" in markdown(
-        [row], "base", "rollouts", 0.4, [0.1], {}
+    assert "≥" in markdown([row], "base", "rollouts", {"easy": 0.4}, [0.1], {}) and "1/3" in markdown(
+        [row], "base", "rollouts", {"easy": 0.4}, [0.1], {}
     )
 
 
 def test_missing_runs_are_said_and_a_method_without_any_keeps_its_row() -> None:
     runs = [r for r in all_runs() if r.method == "base" and (r.task, r.seed) != ("easy", 2)]
     rows = summarize(runs, TASKS, METHODS, SEEDS, BUDGET)
-    text = markdown(rows, "base", "rollouts", 0.4, [0.1], {"easy/new/seed-0": "it\nbroke"})
+    text = markdown(rows, "base", "rollouts", {"easy": 0.4}, [0.1], {"easy/new/seed-0": "it\nbroke"})
     assert "| base | 0.1 | 2/3 ! |" in text and "| new |  | 0/3 ! | - |" in text
     assert "- easy/new/seed-0: it broke" in text
 
 
 def test_rates_at_the_edge_of_the_grid_are_marked() -> None:
     rows = summarize(all_runs(), ["easy"], METHODS, SEEDS, BUDGET)
-    assert "| 0.1* |" in markdown(rows, "base", "rollouts", 0.4, [0.01, 0.1], {})
-    assert "| 0.1 |" in markdown(rows, "base", "rollouts", 0.4, [0.01, 0.1, 1.0], {})
+    assert "| 0.1* |" in markdown(rows, "base", "rollouts", {"easy": 0.4}, [0.01, 0.1], {})
+    assert "| 0.1 |" in markdown(rows, "base", "rollouts", {"easy": 0.4}, [0.01, 0.1, 1.0], {})
 
 
 def test_unknown_entropy_is_left_out() -> None:
     (row,) = summarize([run("easy", "base", 0, 0.5, math.nan)], ["easy"], ["base"], [0], BUDGET)
     assert "entropy" not in row.statistics
-    assert "| - |" in markdown([row], "base", "rollouts", 0.4, [0.1], {})
+    assert "| - |" in markdown([row], "base", "rollouts", {"easy": 0.4}, [0.1], {})
 
 
 def test_files_are_strict_and_complete() -> None:

@@ -1,5 +1,6 @@
 """`polopt compare`: methods under equal budgets, with tuned learning rates, several seeds and intervals."""
 
+import math
 import os
 import re
 import sys
@@ -76,18 +77,34 @@ def _prepare(parsed: dict[str, Any], flags: Sequence[Flag]) -> Comparison:
         raise ConfigError(f"{file}: compare = {own!r}: write a table [compare]")
     config = _own_config(own, given)
     base = configure(values, given, file or "")
-    if base.domain == "control":
-        raise ConfigError(
-            "domain = 'control': a comparison counts rollouts or tokens, not steps of environments"
-        )
-    trainer = base.trainer
-    if config.budget_unit == "tokens" and not trainer.score_every:
-        raise ConfigError("trainer.score_every = 0: say how often to score, where the budget is in tokens")
+    trainer, units = base.trainer, DOMAINS[base.domain].units
+    unit = config.budget_unit or units[0]
+    if unit not in units:
+        raise ConfigError(f"--budget-unit = {unit!r}: the domain {base.domain!r} counts {' or '.join(units)}")
     if not (config.budget or trainer.iterations):
         raise ConfigError("trainer.iterations = 0: leaves nothing to compare")
-    sizes = {name: getattr(trainer, name) for name in ("prompts", "rollouts")}  # the same for all methods
-    values["trainer"] = {**values.get("trainer", {}), **sizes}
-    return Comparison(config, base, _resolve(config, base, values), parsed["out"])
+    if "rollouts" in units:  # then an iteration has as many of them for all methods
+        sizes = {name: getattr(trainer, name) for name in ("prompts", "rollouts")}
+        values["trainer"] = {**values.get("trainer", {}), **sizes}
+    resolved = _resolve(config, base, values)
+    sizes = {m: DOMAINS[base.domain].iteration_size(*found, unit) for (_, m), found in resolved.items()}
+    configs = {pair: found for pair, (found, _) in resolved.items()}
+    comparison = Comparison(config, base, configs, sizes, unit, parsed["out"])
+    _check_sizes(comparison)
+    return comparison
+
+
+def _check_sizes(comparison: Comparison) -> None:
+    """Refuse what cannot be planned where nobody knows beforehand how many units an iteration has."""
+    unknown, unit = [m for m, size in comparison.sizes.items() if size is None], comparison.unit
+    if unknown and not comparison.base.trainer.score_every:
+        raise ConfigError(
+            f"trainer.score_every = 0: say how often to score, an iteration of {unknown[0]!r} has no fixed number of {unit}"
+        )
+    if not comparison.budget:
+        raise ConfigError(
+            f"budget = 0: a budget in {unit} must be given, where {unknown[0]!r} is the first method"
+        )
 
 
 def _own_config(own: dict[str, Any], given: dict[tuple[str, ...], str]) -> CompareConfig:
@@ -103,8 +120,8 @@ def _own_config(own: dict[str, Any], given: dict[tuple[str, ...], str]) -> Compa
 
 def _resolve(
     config: CompareConfig, base: RunConfig, values: dict[str, Any]
-) -> dict[tuple[str, str], RunConfig]:
-    """The runs' configurations by task and method, all of which can work.
+) -> dict[tuple[str, str], tuple[RunConfig, Any]]:
+    """The runs' configurations and methods by task and method, all of which can work.
 
     Raises:
         ConfigError: a method or a task is unknown, or they do not fit together.
@@ -116,15 +133,15 @@ def _resolve(
     for run in plain.values():
         check_quickly(run)
     for key, run in plain.items():
-        found[key] = resolve(run)[0]
+        found[key] = resolve(run)
     for method in sorted(library().recipes - set(named)) if ALL in config.methods else ():
         try:
-            runs = {t: resolve(configure({**values, "task": t, "method": method}))[0] for t in tasks}
+            runs = {t: resolve(configure({**values, "task": t, "method": method})) for t in tasks}
         except ConfigError:
             continue  # of another domain
         found |= {(task, method): run for task, run in runs.items()}
     for task in tasks:
-        DOMAINS[base.domain].task(found[task, next(iter(found))[1]]).close()
+        DOMAINS[base.domain].task(found[task, next(iter(found))[1]][0]).close()
     return found
 
 
@@ -139,7 +156,7 @@ def _run(comparison: Comparison, jobs: int, console: Console) -> int:
     tuning = [(*pair, lr, seed) for pair in pairs for lr in lrs for seed in seeds]
     failures = _make(comparison, tuning, jobs, console, "tuning")
     areas = {pair: _tuned(comparison, pair) for pair in pairs}
-    best = {pair: max(lrs, key=lambda lr, found=found: found.get(lr, 0.0)) for pair, found in areas.items()}
+    best = {pair: max(found, key=found.__getitem__, default=lrs[0]) for pair, found in areas.items()}
     reported = [(*pair, best[pair], seed) for pair in pairs for seed in range(comparison.config.seeds)]
     failures |= _make(comparison, reported, jobs, console, "reported")
     _write(comparison, reported, areas, failures, console)
@@ -174,14 +191,15 @@ def _make(
 
 
 def _tuned(comparison: Comparison, pair: tuple[str, str]) -> dict[float, float]:
-    """Mean area over the tuning seeds by learning rate; a run that failed counts as 0."""
+    """Mean area over the tuning seeds by learning rate; one with a run that failed comes last."""
     from polopt.report.curves import read_curve
 
     seeds, areas = comparison.tuning_seeds, {}
     for lr in comparison.lrs if seeds else ():
         folders = [comparison.folder(*pair, lr, seed) for seed in seeds]
-        curves = [read_curve(f, comparison.config.budget_unit) for f in folders if is_finished(f)]
-        areas[lr] = sum(curve.area(comparison.budget) for curve in curves) / len(seeds)
+        curves = [read_curve(f, comparison.unit) for f in folders if is_finished(f)]
+        total = sum(curve.area(comparison.budget) for curve in curves)
+        areas[lr] = total / len(seeds) if len(curves) == len(seeds) else -math.inf
     return areas
 
 
@@ -200,13 +218,14 @@ def _write(
     from polopt.report.statistics import bootstrap_band
 
     c, budget, methods, tasks = comparison.config, comparison.budget, comparison.methods, comparison.tasks
+    unit, thresholds = comparison.unit, comparison.thresholds
     runs = []
     for task, method, lr, seed in reported:
         folder = comparison.folder(task, method, lr, seed)
         if is_finished(folder):
-            curve, seconds = read_curve(folder, c.budget_unit), cpu_seconds(folder)
+            curve, seconds = read_curve(folder, unit), cpu_seconds(folder)
             named: dict[str, Any] = {"task": task, "method": method, "lr": lr, "seed": seed}
-            runs.append(report.measure(curve, budget, c.threshold, cpu_seconds=seconds, **named))
+            runs.append(report.measure(curve, budget, thresholds[task], cpu_seconds=seconds, **named))
     if not runs:
         raise PoloptError(f"{comparison.out}: every run failed, {next(iter(failures.values()), '')}")
     rows = report.summarize(runs, tasks, methods, range(c.seeds), budget)
@@ -216,9 +235,9 @@ def _write(
         for t, m in comparison.resolved
     }
     bands = {key: bootstrap_band(found) for key, found in curves.items() if found}
-    table = report.markdown(rows, methods[0], c.budget_unit, c.threshold, comparison.lrs, failures)
+    table = report.markdown(rows, methods[0], unit, thresholds, comparison.lrs, failures)
     tuned = [{"task": t, "method": m, "area": found} for (t, m), found in areas.items() if found]
-    further = {"budget": budget, "unit": c.budget_unit, "threshold": c.threshold, "baseline": methods[0]}
+    further = {"budget": budget, "unit": unit, "thresholds": thresholds, "baseline": methods[0]}
     texts = {
         "table.md": table,
         "results.csv": report.results_csv(runs),
@@ -231,7 +250,7 @@ def _write(
         order = [row.method for row in rows if row.task == task]
         mine = {method: band for (of, method), band in bands.items() if of == task}
         name = "curves.png" if len(tasks) == 1 else f"curves-{slug(task)}.png"
-        draw_curves(mine, order, methods[0], budget, c.budget_unit, task, comparison.out / name)
+        draw_curves(mine, order, methods[0], budget, unit, task, comparison.out / name)
     _say(console, table)
     _say(console, f"Written: {comparison.out} (table.md, results.json, results.csv, curves.csv, figures)")
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from polopt.cli.domains import DOMAINS
 from polopt.cli.jobs import Job
 from polopt.config import RunConfig, to_toml
 from polopt.settings import Settings
@@ -44,12 +45,14 @@ class CompareConfig(Settings):
     """Learning rates that are tried for every method; by default 0.3, 1 and 3 times that of --lr. One: no tuning."""
     tuning_seeds: int = Field(default=2, ge=1)
     """Seeds of each learning rate; they are others than the reported ones."""
-    budget_unit: Literal["rollouts", "tokens"] = "rollouts"
-    """What all methods get the same number of, also counting what a method makes and does not train on."""
+    budget_unit: Literal["rollouts", "tokens", "steps"] | None = None
+    """What all methods get the same number of, also counting what a method makes and does not train on: rollouts or
+    tokens, by default rollouts; on environments their steps."""
     budget: int = Field(default=0, ge=0)
-    """Rollouts or tokens of a run; 0: the rollouts of --iterations."""
-    threshold: float = Field(default=0.8)
-    """Held-out score that counts as reached once three evaluations in a row have it."""
+    """Units of a run; 0: those of --iterations of the first method."""
+    threshold: float | None = None
+    """Held-out score that counts as reached once three evaluations in a row have it; by default 0.8, on environments the
+    return at which they count as solved, if they say."""
     evaluations: int = Field(default=20, ge=2)
     """Held-out scores of a run, unless --score-every says otherwise."""
 
@@ -61,8 +64,6 @@ class CompareConfig(Settings):
                 raise ValueError(f"{name}: {twice!r} is there twice")
         if any(lr <= 0 for lr in self.lrs):
             raise ValueError(f"lrs = {self.lrs}: must be above 0")
-        if self.budget_unit == "tokens" and not self.budget:
-            raise ValueError("budget = 0: a budget in tokens must be given")
         return self
 
 
@@ -74,13 +75,23 @@ class Comparison(NamedTuple):
     """What all runs share."""
     resolved: dict[tuple[str, str], RunConfig]
     """By task and method."""
+    sizes: dict[str, int | None]
+    """By method, the units of an iteration; None if that is not known beforehand."""
+    unit: str
+    """Of the budget."""
     out: Path
 
     @property
     def budget(self) -> int:
-        """Rollouts or tokens of a run."""
-        t = self.base.trainer
-        return self.config.budget or t.iterations * t.prompts * t.rollouts
+        """Units of a run."""
+        return self.config.budget or self.base.trainer.iterations * (self.sizes[self.methods[0]] or 0)
+
+    @property
+    def thresholds(self) -> dict[str, float]:
+        """By task, the score that counts as reached."""
+        given = self.config.threshold
+        own = DOMAINS[self.base.domain].threshold
+        return {task: own(task) if given is None else given for task in self.tasks}
 
     @property
     def methods(self) -> list[str]:
@@ -109,20 +120,22 @@ class Comparison(NamedTuple):
 
     def job(self, task: str, method: str, lr: float, seed: int) -> Job:
         """The run."""
-        config, t = self.resolved[task, method], self.base.trainer
-        per_iteration = t.prompts * t.rollouts
-        iterations = math.ceil(self.budget / per_iteration)
+        config = self.resolved[task, method]
+        t = config.trainer
+        # where it is not known a rollout has one unit at least, and the run ends by what it has used
+        iterations = math.ceil(self.budget / (self.sizes[method] or t.prompts * t.rollouts))
         every = t.score_every or max(1, round(iterations / self.config.evaluations))
         own = {"lr": lr, "seed": seed, "iterations": iterations, "score_every": every}
         trainer = config.trainer.model_copy(update=own)
         run = config.model_copy(update={"trainer": trainer, "out": self.folder(task, method, lr, seed)})
         return {
-            "config": run.model_dump(mode="json"), "unit": self.config.budget_unit, "budget": self.budget
+            "config": run.model_dump(mode="json"), "unit": self.unit, "budget": self.budget
         }  # fmt: skip
 
     def to_toml(self) -> str:
         """The file that `polopt compare` makes the same comparison from."""
-        own = self.config.model_dump() | {"methods": self.methods, "lrs": self.lrs, "tasks": self.tasks}
+        own = self.config.model_dump(exclude_none=True)
+        own |= {"methods": self.methods, "lrs": self.lrs, "tasks": self.tasks}
         lines = [f"{name} = {json.dumps(value)}" for name, value in own.items()]
         run = to_toml(self.base, only_set=True).strip()
         return "\n".join([run, "", "[compare]", *lines]).lstrip() + "\n"
@@ -133,5 +146,5 @@ class Comparison(NamedTuple):
         tuning = pairs * len(self.lrs) * len(self.tuning_seeds)
         return (
             f"{len(self.methods)} methods on {len(self.tasks)} tasks: {tuning} runs to tune the learning rate and "
-            f"{pairs * c.seeds} reported ones of {self.budget} {c.budget_unit}"
+            f"{pairs * c.seeds} reported ones of {self.budget} {self.unit}"
         )

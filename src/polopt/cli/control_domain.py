@@ -1,5 +1,6 @@
 """The control domain on the command line: Gymnasium environments."""
 
+import math
 import os
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,8 @@ _LISTED = ("CartPole-v1", "Acrobot-v1", "Pendulum-v1", "HalfCheetah-v5", "Hopper
 
 class ControlDomain:
     """Policies over the actions of Gymnasium environments."""
+
+    units: tuple[str, ...] = ("steps",)
 
     def require(self, config: RunConfig) -> None:
         """Gymnasium, and settings that one process alone can have."""
@@ -57,6 +60,20 @@ class ControlDomain:
         from polopt.cli.estimate import estimate_by_trial
 
         return estimate_by_trial(config, task, self.actor(config, task, method))
+
+    def iteration_size(self, config: RunConfig, method: "Method", unit: str) -> int | None:
+        """Steps of environments that live on; nobody knows those of whole episodes."""
+        from polopt.control.actor import horizon
+
+        t = config.trainer
+        return t.prompts * t.rollouts * horizon(config.control, method.requires) or None
+
+    def threshold(self, task: str) -> float:
+        """The return at which the environment counts as solved."""
+        from polopt.control.vector import gymnasium
+
+        found = gymnasium().spec(task).reward_threshold
+        return math.inf if found is None else float(found)
 
     def tasks(self) -> list[dict[str, Any]]:
         """polopt's own environments, and a few of others."""

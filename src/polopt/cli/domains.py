@@ -37,6 +37,9 @@ _WARM_UP_ROWS = 64
 class Domain(Protocol):
     """A domain, from a configuration."""
 
+    units: tuple[str, ...]
+    """What budgets of comparisons may count, the usual one first: rollouts, or decisions by the name they have here."""
+
     def require(self, config: RunConfig) -> None:
         """Refuse what needs libraries or files that are not there; quick, without torch.
 
@@ -62,12 +65,34 @@ class Domain(Protocol):
         """Memory and time of an iteration, without loading weights."""
         ...
 
+    def iteration_size(self, config: RunConfig, method: "Method", unit: str) -> int | None:
+        """Units that an iteration makes; None if that is not known beforehand."""
+        ...
+
+    def threshold(self, task: str) -> float:
+        """Score at which a task counts as solved; infinity if nobody says."""
+        ...
+
     def tasks(self) -> list[dict[str, Any]]:
         """The tasks that there are: `spec`, `kind`, `summary`, `available`, `parameters`."""
         ...
 
 
-class LanguageDomain:
+class _Rollouts:
+    """A domain whose iterations have `prompts * rollouts` rollouts, scored by a share of successes."""
+
+    units: tuple[str, ...] = ("rollouts", "tokens")
+
+    def iteration_size(self, config: RunConfig, method: "Method", unit: str) -> int | None:
+        """Rollouts of an iteration; nobody knows its tokens."""
+        return config.trainer.prompts * config.trainer.rollouts if unit == "rollouts" else None
+
+    def threshold(self, task: str) -> float:
+        """Four successes in five."""
+        return 0.8
+
+
+class LanguageDomain(_Rollouts):
     """Causal language models on tasks with verifiable answers."""
 
     def require(self, config: RunConfig) -> None:
@@ -165,7 +190,7 @@ def _answered(task: "LanguageTask") -> Iterator[tuple[Any, str]]:
             yield example.prompt, f" {tagged}{task.stop[0]}" if task.stop else tagged
 
 
-class MiniatureDomain:
+class MiniatureDomain(_Rollouts):
     """Small networks from scratch on sums with the right remainder: runs of seconds."""
 
     def require(self, config: RunConfig) -> None:

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Generator, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
@@ -129,7 +128,7 @@ class _Worker(Thread):
 
 
 class _BudgetUsedError(Exception):
-    """The run has made as many rollouts or tokens as it may."""
+    """The run has made as many units as it may."""
 
 
 class _Meter:
@@ -164,9 +163,8 @@ class _Counted:
     Rollouts that a sampler only scores or turns down count, and those that an update makes by itself.
     """
 
-    def __init__(self, actor: Any) -> None:
-        self._actor = actor
-        self._made: Counter[str] = Counter()
+    def __init__(self, actor: Any, unit: str) -> None:
+        self._actor, self._unit, self._made = actor, unit, 0.0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._actor, name)
@@ -175,14 +173,14 @@ class _Counted:
         """The actor's rollout, counted unless it is of the held-out split."""
         found = self._actor.rollout(task, plan, generator)
         if not plan.heldout:
-            self._made["rollouts"] += int(plan.counts.sum())
-            self._made["tokens"] += int(found.batch.mask.sum())
+            made = plan.counts if self._unit == "rollouts" else found.batch.mask
+            self._made += float(made.sum())
         return found
 
     def observe(self, batch: Any) -> dict[str, float]:
         """The actor's own metrics, and what was made in the iteration."""
-        made, self._made = self._made, Counter()
-        return {**self._actor.observe(batch), **{name: float(count) for name, count in made.items()}}
+        made, self._made = self._made, 0.0
+        return {**self._actor.observe(batch), self._unit: made}
 
 
 def make_run(job: Job) -> Outcome:
@@ -198,7 +196,7 @@ def make_run(job: Job) -> Outcome:
     meter = _Meter(run, job["unit"], job["budget"], config.trainer.iterations)
     trainer = assemble(prepare(config), [meter], run)
     started = time.process_time()
-    counted: Any = _Counted(trainer.actor)
+    counted: Any = _Counted(trainer.actor, job["unit"])
     trainer.actor = counted
     with closing(trainer.task):
         try:

@@ -83,7 +83,10 @@ def load_policy(run: Path | str, iteration: int | None = None, seed: int = 0) ->
     folder = RunFolder(run)
     description = folder.read_config()
     if description.get("domain") != "control":
-        raise ConfigError(f"{run}: a run of the domain {description.get('domain')!r}, not 'control'")
+        raise ConfigError(
+            f"{run}: its configuration names the domain {description.get('domain')!r}, not 'control'; runs of "
+            "`polopt train` have one"
+        )
     path = None if iteration is None else folder.checkpoints / f"iteration-{iteration:06d}"
     state = checkpoint.load_newest(folder.checkpoints).state if path is None else checkpoint.load(path)
     config = ControlConfig.create("control", **description["control"])

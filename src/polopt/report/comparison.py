@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -32,7 +32,7 @@ class Run:
     score: float
     """Held-out score when the budget is used up."""
     crossing: float
-    """Rollouts or tokens to the threshold; infinity if it is never reached."""
+    """Units of the budget to the threshold; infinity if it is never reached."""
     entropy: float
     """Nats per decision at the end; NaN if unknown."""
     cpu_seconds: float
@@ -89,7 +89,7 @@ def summarize(
         tasks: in the order of the table.
         methods: the first is the baseline.
         seeds: those that were asked for of each method on each task.
-        budget: rollouts or tokens of a run.
+        budget: units of a run.
     """
     rows = []
     for places in [[task] for task in tasks] + ([list(tasks)] if len(tasks) > 1 else []):
@@ -140,7 +140,7 @@ def markdown(
     rows: Sequence[Row],
     baseline: str,
     unit: str,
-    threshold: float,
+    thresholds: Mapping[str, float],
     grid: Sequence[float],
     failures: dict[str, str],
 ) -> str:
@@ -149,8 +149,8 @@ def markdown(
     Args:
         rows: of `summarize`.
         baseline: the first method.
-        unit: rollouts or tokens.
-        threshold: score that counts as reached.
+        unit: of the budget.
+        thresholds: by task, the score that counts as reached.
         grid: learning rates that were tried.
         failures: by name of the run, what was wrong.
     """
@@ -158,7 +158,8 @@ def markdown(
         "Interquartile means over seeds with bootstrap 95 % intervals. Methods whose intervals overlap are ties.",
     ]
     for task in dict.fromkeys(row.task for row in rows):
-        head = ["method", "lr", "runs", "area", f"area - {baseline}", "score", f"{unit} to {threshold:g}"]
+        reached = f"{thresholds[task]:g}" if task in thresholds else "the threshold"
+        head = ["method", "lr", "runs", "area", f"area - {baseline}", "score", f"{unit} to {reached}"]
         head += ["reached", "entropy", "CPU s"]
         lines += ["", f"### {task}", "", _line(head), _line(["---"] * len(head))]
         lines += [_line(_cells(row, grid)) for row in rows if row.task == task]

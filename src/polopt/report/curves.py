@@ -4,7 +4,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -12,7 +12,6 @@ from numpy.typing import ArrayLike, NDArray
 from polopt.engine.run_folder import read_metrics
 from polopt.errors import PoloptError
 
-Unit = Literal["rollouts", "tokens"]
 HOLD = 3
 """Evaluations in a row at or above a threshold that make a crossing."""
 
@@ -22,7 +21,7 @@ class Curve:
     """A run's held-out scores, and what else a comparison asks of it."""
 
     used: NDArray[np.float64]
-    """[n] rollouts or tokens before each evaluation, increasing from 0."""
+    """[n] units before each evaluation, increasing from 0."""
     score: NDArray[np.float64]
     """[n] held-out score of each evaluation."""
     entropy: float
@@ -49,7 +48,7 @@ class Curve:
                 never the last one alone if there are others.
 
         Returns:
-            Rollouts or tokens before the first of those evaluations; infinity if there are none.
+            Units before the first of those evaluations; infinity if there are none.
         """
         above = (self.score >= threshold)[self.used <= budget]
         for first in range(len(above)):
@@ -59,11 +58,11 @@ class Curve:
         return math.inf
 
 
-def read_curve(run: Path, unit: Unit) -> Curve:
+def read_curve(run: Path, unit: str) -> Curve:
     """The curve of a finished run.
 
     Args:
-        run: the run's folder. Its metrics must have `rollouts` or `tokens`, all that the run made, also those that
+        run: the run's folder. Its metrics must have the unit, all of it that the run made, also those that
             no update saw; its scores are those before and after the run and every `score_every` iterations.
         unit: what the curve runs over.
 

@@ -47,7 +47,7 @@ def draw_curves(
         methods: in the order of the panels; those without a band are left out.
         baseline: method whose curve is repeated in every panel.
         budget: length of the horizontal axis, in units.
-        unit: rollouts or tokens.
+        unit: of the budget.
         title: of the figure.
         path: file to write.
 
@@ -72,7 +72,8 @@ def draw_curves(
     caption = f"held-out score: interquartile mean and 95 % interval; dashed: {baseline}"
     figure.suptitle(f"{title}\n{caption}", fontsize=9)
     top = max((band.max() for band in bands.values()), default=1.0) or 1.0
-    panels[0, 0].set_ylim(min([0.0, *(band.min() for band in bands.values())]), 1.02 * top)
+    bottom = min([0.0, *(band.min() for band in bands.values())])
+    panels[0, 0].set_ylim(bottom, top + 0.02 * (top - bottom))
     figure.supxlabel(unit, fontsize=8)
     figure.savefig(path, metadata={"Software": None})
 
