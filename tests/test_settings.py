@@ -66,3 +66,30 @@ def test_good_values_are_kept_and_cannot_be_changed() -> None:
 
 def test_fields_are_described_by_the_sentence_below_them() -> None:
     assert Outer.model_fields["count"].description == "How many."
+
+
+def test_python_gets_the_same_line_as_create_and_nested_settings_keep_their_place() -> None:
+    with pytest.raises(ConfigError, match=r"^Inner.rate = 2: should be less than or equal to 1$"):
+        Inner(rate=2)
+    with pytest.raises(ConfigError, match=r"^Outer.inner.rate = 2: should be less than or equal to 1$"):
+        Outer(count=1, inner={"rate": 2})  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValidationError):
+        Outer.model_validate({"count": 0})
+
+
+class Numbers(Settings):
+    """Fields that a boolean might pass for."""
+
+    whole: int = 1
+    """Integer."""
+    share: float | None = None
+    """Number."""
+    either: bool | int = 0
+    """Both."""
+
+
+@pytest.mark.parametrize("field", ["whole", "share"])
+def test_booleans_are_no_numbers(field: str) -> None:
+    with pytest.raises(ConfigError, match=f"^part.{field} = True: takes no boolean$"):
+        Numbers.create("part", **{field: True})
+    assert Numbers(either=True).either is True

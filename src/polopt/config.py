@@ -111,17 +111,6 @@ class RunConfig(Settings):
             values = {**values, name: {**default, **given} if isinstance(given, dict) else given}
         return values
 
-    @model_validator(mode="before")
-    @classmethod
-    def _numbers_are_not_booleans(cls, values: Any) -> Any:
-        for name, section in SECTIONS.items():
-            given = values.get(name) if isinstance(values, dict) else None
-            for key, value in given.items() if isinstance(given, dict) else ():
-                field = section.model_fields.get(key)
-                if isinstance(value, bool) and field and field.annotation is not bool:
-                    raise ValueError(f"{name}.{key} = {str(value).lower()}: takes no boolean")
-        return values
-
     @field_validator("advantage")
     @classmethod
     def _advantage_has_an_estimator(cls, advantage: list[str] | None) -> list[str] | None:
@@ -187,7 +176,7 @@ def configure(
         ConfigError: unknown key, wrong type, value out of range or impossible combination; one line that names it.
     """
     try:
-        return RunConfig(**values)
+        return RunConfig.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_refusal(error.errors()[0], flags or {}, where)) from None
 

@@ -2,18 +2,33 @@
 
 import tomllib
 from difflib import get_close_matches
-from typing import Any, Self
+from typing import Any, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails
 
 from polopt.errors import ConfigError
 
 
 class Settings(BaseModel):
-    """Base of every configuration in the library."""
+    """Base of every configuration in the library.
+
+    Raises:
+        ConfigError: unknown key, wrong type, value out of range or impossible combination.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    def __init__(self, /, **options: Any) -> None:
+        try:
+            super().__init__(**options)
+        except ValidationError as error:
+            raise ConfigError(
+                explain(type(self), type(self).__qualname__, _clearest(error.errors()))
+            ) from None
+
+    # so that pydantic validates settings inside settings itself, and knows where in the whole an error is
+    __init__.__pydantic_base_init__ = True  # pyright: ignore[reportFunctionMemberAccess]
 
     @classmethod
     def create(cls, where: str, /, **options: Any) -> Self:
@@ -27,9 +42,18 @@ class Settings(BaseModel):
             ConfigError: unknown key, wrong type, value out of range or impossible combination.
         """
         try:
-            return cls(**options)
+            return cls.model_validate(options)
         except ValidationError as error:
             raise ConfigError(explain(cls, where, _clearest(error.errors()))) from None
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers_are_not_booleans(cls, value: Any, info: ValidationInfo) -> Any:
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        types = {annotation, *get_args(annotation)}
+        if isinstance(value, bool) and types & {int, float} and bool not in types:
+            raise ValueError("takes no boolean")
+        return value
 
 
 def _clearest(errors: list[ErrorDetails]) -> ErrorDetails:

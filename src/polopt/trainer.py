@@ -128,7 +128,7 @@ class Trainer:
         lr = learning_rate(
             self.config.lr,
             self.config.lr_schedule,
-            self.config.warmup,
+            self.config.lr_warmup,
             self.iteration,
             self.config.iterations,
         )

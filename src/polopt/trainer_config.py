@@ -27,7 +27,7 @@ class TrainerConfig(Settings):
     """Learning rate at its peak."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Course of the learning rate after the warm-up."""
-    warmup: int = Field(default=0, ge=0)
+    lr_warmup: int = Field(default=0, ge=0)
     """Iterations of linear warm-up of the learning rate."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this norm."""

@@ -26,7 +26,14 @@ SMALL = [
     *("--task", "builtin:largest", "--prompts", "2", "--rollouts", "4", "--iterations", "2", "--lr", "1e-4"),
     *("--max-new-tokens", "6", "--score-prompts", "2", "--checkpoint-every", "100", "--quiet"),
 ]  # fmt: skip
+ADAPTER = [
+    "--lora-rank",
+    "1",
+]  # a score vector of all weights for each completion takes gigabytes, and is refused
 OWN: dict[str, list[str]] = {
+    "bac": ADAPTER,
+    "bpg": ADAPTER,
+    "bpg-natural": ADAPTER,
     "mmr1_vas": ["--sampler", "vas:pool=4,scoring_rollouts=2"],
     "oblr_po": ["--optimizer", "snr:lr_min_share=0.1"],  # random rewards are all noise
 }

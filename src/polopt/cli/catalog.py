@@ -45,7 +45,7 @@ def check_parts(config: RunConfig) -> None:
                 raise ConfigError(f"{slot} = {name!r}: unknown; {nearest(name, sorted(catalog.parts[slot]))}")
             settings = catalog.settings(catalog.parts[slot][name])
             try:
-                settings(**parse_options(spec, text))
+                settings.model_validate(parse_options(spec, text))
             except ValidationError as error:
                 raise ConfigError(explain(settings, f"{slot} {name}", error.errors()[0])) from None
 

@@ -21,7 +21,8 @@ and heavy-tailed rewards of a mixed batch weigh alike and no outlier dominates.
 Scores are computed in float64 with a tie tolerance, since the second stage would otherwise rank rounding noise. (7) with
 the released estimator (`sampled`, minus log-probability of the drawn token) has no expected gradient on policy; `full`
 uses the exact entropy and does control it. Tasks without tokens in a minibatch are skipped. The knots of (6) are not
-published: they are the user's. Equal rewards of a group give 0 in the first stage; keep the accuracy filter.
+published: they are the user's. Equal rewards of a group give 0 in the first stage; keep the accuracy filter, which looks
+at the first reward alone, the correctness.
 
 Slots: advantage `g2rpo`, shaping `length_envelope`, regularizer `entropy_band`, sampler `accuracy_filter`; reads `task`.
 

@@ -26,9 +26,11 @@ Slots: shaping `bundle` (signals `bundle`, `bundle_set`), advantage `risk_po` wi
 Use it when exploration should survive as accuracy rises and tasks have several right answers. Not where only one answer is
 right: entropy then ends at 0 whatever the method.
 
-Pitfalls: large bundles dilute credit (an answer pays for its neighbours), B = 1 loses the resolution. Form `paper` pushes
-every sampled answer down: take `baseline="mean"` for long runs. Deviations of scores go to 0 as they saturate, so do not
-divide by them late. The published tracker never carries its quantiles over; here they are carried, as in the paper.
+Pitfalls: large bundles dilute credit (an answer pays for its neighbours), B = 1 loses the resolution: with few prompts an
+iteration take a small B that divides their number. Form `paper` pushes every sampled answer down, under which the entropy
+of small networks collapses: the recipe, unlike the paper, sets `baseline="mean"`, a constant. Deviations of scores go to 0
+as they saturate, so do not divide by them late. The published tracker never carries its quantiles over; here they are
+carried, as in the paper.
 """
 
 from typing import Any, Literal, Self

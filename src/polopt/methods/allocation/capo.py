@@ -31,10 +31,12 @@ Slots: selection, after the advantage; needs `old_features`, `old_kept_logits`, 
 Use it when a learning rate or a batch is so aggressive that training collapses, and data are dear. Not at a conservative
 rate, where it rejects nothing and costs the features of every token.
 
-Pitfalls: thresholds of the two step models differ by orders of magnitude: never take over the other's. The first
-iteration has no moments and shifts of another size. `symmetric=false` rejects every predicted loss, under Adam a large
-share. A trajectory with one accepted token gives that token its whole weight. The objective test sees A, so rescaled
-advantages need other thresholds.
+Pitfalls: the thresholds are absolute and fit rates near 1.5e-5: m_F grows with lr squared. Where nothing that has an
+advantage is accepted, nothing is ever learned, and `selected` still shows the tokens with A = 0. So set tau_policy anew
+first, with tau_objective=0: m_H grows with A, so the objective test turns down the tokens of a rare success before those
+of the many failures, and the policy is pushed down only. Thresholds of the two step models differ by orders of magnitude:
+never take over the other's. The first iteration has no moments and shifts of another size. `symmetric=false` rejects
+every predicted loss, under Adam a large share. A trajectory with one accepted token gives that token its whole weight.
 
 Not the credit assignment method nor the prompt optimizer that are called CAPO too.
 """
