@@ -24,7 +24,7 @@ pytestmark = [
 ]
 SMALL = [
     *("--task", "builtin:largest", "--prompts", "2", "--rollouts", "4", "--iterations", "2", "--lr", "1e-4"),
-    *("--max-new-tokens", "6", "--score-prompts", "2", "--checkpoint-every", "100", "--quiet"),
+    *("--max-new-tokens", "6", "--score-prompts", "2", "--checkpoint-every", "100", "--epochs", "1", "--quiet"),
 ]  # fmt: skip
 ADAPTER = [
     "--lora-rank",

@@ -17,10 +17,9 @@ TDS is one of: 1 - self-BLEU of orders 1 to 3 (3, 4; the published code adds sel
 share of distinct 3-grams, or the mean squared normalised edit distance. The uniform stream is one permutation of the
 pool with a cursor; too few entries left sends it back to the start, the rest is skipped; after a refresh it stands at
 B_r times the number of batches, modulo the pool (9). The pool is a random part of the task's prompts, at most `pool` of
-them, since each is scored by n_s rollouts: 256 x 8 = 2048 before the first batch by default. The paper scores some
-15,000 for batches of 512, as many rollouts as are trained on between two refreshes. With min-max weights the least
-valued prompt is never drawn by the weighted part; `normalize="none"` weights by VPS itself, as the paper writes.
-RECONSTRUCTED: uniform draws when all weights are 0.
+them, since each is scored by n_s rollouts: 256 x 8 = 2048 before the first batch by default. The paper scores the whole
+pool. With min-max weights the least valued prompt is never drawn by the weighted part; `normalize="none"` weights by
+VPS itself, as the paper writes. RECONSTRUCTED: uniform draws when all weights are 0.
 
 Slots: sampler with state. Refreshing costs pool x n_s rollouts: count them when comparing.
 
