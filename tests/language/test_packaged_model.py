@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,10 +28,8 @@ SMALL = [
     *("--task", "builtin:largest", "--prompts", "2", "--rollouts", "4", "--iterations", "2", "--lr", "1e-4"),
     *("--max-new-tokens", "6", "--score-prompts", "2", "--checkpoint-every", "100", "--epochs", "1", "--quiet"),
 ]  # fmt: skip
-ADAPTER = [
-    "--lora-rank",
-    "1",
-]  # a score vector of all weights for each completion takes gigabytes, and is refused
+# a score vector of all weights for each completion takes gigabytes, and is refused
+ADAPTER = ["--lora-rank", "1"]
 OWN: dict[str, list[str]] = {
     "bac": ADAPTER,
     "bpg": ADAPTER,
@@ -40,7 +40,7 @@ OWN: dict[str, list[str]] = {
 
 
 @pytest.fixture(autouse=True)
-def random_rewards(monkeypatch: pytest.MonkeyPatch) -> None:
+def alternating_rewards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rewards of 0 and 1 in turn, so that every prompt's completions have something to tell apart."""
     measured = LanguageTask.score
 
@@ -52,9 +52,15 @@ def random_rewards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LanguageTask, "score", score)
 
 
+@pytest.fixture
+def out(tmp_path: Path) -> Iterator[Path]:
+    """A run folder, whose gigabytes do not stay."""
+    yield tmp_path / "run"
+    shutil.rmtree(tmp_path / "run", ignore_errors=True)
+
+
 @pytest.mark.parametrize("recipe", [name for name in polopt.recipes() if recipe_domains(name) is None])
-def test_recipe_trains_the_packaged_model(recipe: str, tmp_path: Path) -> None:
-    out = tmp_path / "run"
+def test_recipe_trains_the_packaged_model(recipe: str, out: Path) -> None:
     assert main(["train", "--method", recipe, *SMALL, *OWN.get(recipe, []), "--out", str(out)]) == 0
     metrics = read_metrics(out)
     assert [line["iteration"] for line in metrics] == [1, 2]
