@@ -297,8 +297,6 @@ class Trainer:
             rows = batch.mask.any(-1).nonzero()[:, 0]
         if not len(rows):
             return None
-        for parameter in self.parameters:
-            parameter.grad = None
         with self.method.optimizer.at_rollout(self.optimizer):
             found = self._gradient(batch, rows, fresh)
         self.method.optimizer.correct_gradient(self.optimizer, self._hessian_product, self._draw)
@@ -311,6 +309,8 @@ class Trainer:
             self.optimizer.step()
             for part in self.method.parts:
                 part.after_step(found.evaluation, evaluated)
+        for parameter in self.parameters:
+            parameter.grad = None
         metrics = {"loss": loss, "grad_norm": norm, "rows/evaluated": float(len(rows))}
         return Step(metrics, found.evaluation, evaluated)
 

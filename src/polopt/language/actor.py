@@ -18,6 +18,7 @@ from polopt.engine.gradient import evaluate_rows
 from polopt.engine.ranks import Ranks
 from polopt.language.config import LanguageConfig
 from polopt.language.evaluation import evaluate_completions, micro_batches
+from polopt.language.memory import return_free_memory
 from polopt.language.model import LanguageModel, Lora, load_language_model
 from polopt.language.prompts import encode_prompt
 from polopt.language.sampler import Completions, CompletionSampler, SamplingConfig
@@ -225,10 +226,14 @@ class LanguageActor:
     ) -> Completions:
         uniforms = torch.rand(plan.total, config.max_new_tokens, generator=generator, dtype=torch.float64)
         count = int(plan.counts.sum())
+        return_free_memory()
         self.sampler.refresh()
-        return self.sampler.sample(
+        completions = self.sampler.sample(
             prompts, plan.counts.tolist(), config, uniforms[plan.first : plan.first + count]
         )
+        self.sampler.release()
+        return_free_memory()
+        return completions
 
     def _texts(self, completions: Completions) -> list[str]:
         rows = [

@@ -16,6 +16,8 @@ from polopt.language.second_order import recorded_backward
 
 BLOCK = 2**20
 """Logits in one block of a chunk: reductions run on a block while it is in the cache."""
+PIECE = 4096
+"""Rows of the weight whose gradient is computed at once, in the precision of the products."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,8 @@ class _Head(torch.autograd.Function):
                 part.copy_(of_logits.mul_(slope))
             of_hidden[rows] = (logits @ layer.weight).to(hidden.dtype)
             if of_weight is not None:
-                of_weight += logits.T @ layer.hidden[rows]
+                for piece in _slices(0, len(of_weight), PIECE):
+                    of_weight[piece] += logits[:, piece].T @ layer.hidden[rows]
             if of_bias is not None:
                 of_bias += logits.sum(0)
         return of_hidden, of_weight, of_bias, None, None, None, None

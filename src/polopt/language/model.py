@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from polopt.errors import ConfigError, MissingExtraError
 from polopt.language.evaluation import check_model
 from polopt.language.graders import require
+from polopt.language.memory import bound_kernel_caches
 from polopt.language.tiny import build_tiny
 
 SMOLLM2 = "smollm2"
@@ -120,6 +121,7 @@ def load_language_model(
         MissingExtraError: transformers, peft or the package of the weights is not installed.
     """
     require("transformers", f"model = {spec!r}")
+    bound_kernel_caches()
     if spec.startswith("tiny:"):
         load: _Load = partial(build_tiny, spec, dtype, seed)
     else:

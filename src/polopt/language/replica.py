@@ -30,6 +30,10 @@ class PackedLinear(nn.Module):
         """Take over a weight."""
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(self.weight.dtype))
 
+    def unpack(self) -> None:
+        """Give the weight up."""
+        self._packed = None
+
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         """`x @ weight.T + bias`."""
         return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
@@ -67,7 +71,16 @@ class Replica:
             module.pack(full(weights[f"{name}.weight"]))
         for name, parameter in self.model.named_parameters():
             if not parameter.is_meta:
-                parameter.copy_(full(weights[name]))
+                parameter.data = full(weights[name]).to(parameter.dtype, copy=True)
+
+    def release(self) -> None:
+        """Free the weights; the copy is of no use until the next `refresh`."""
+        for module in self.model.modules():
+            if isinstance(module, PackedLinear):
+                module.unpack()
+        for parameter in self.model.parameters():
+            if not parameter.is_meta:
+                parameter.data = parameter.data.new_empty(0)
 
 
 def _pack_linears(module: nn.Module) -> nn.Module:

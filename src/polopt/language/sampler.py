@@ -113,6 +113,11 @@ class CompletionSampler:
         if self._replica is not None:
             self._replica.refresh()
 
+    def release(self) -> None:
+        """Free what sampling alone needs; `refresh` before the next sampling."""
+        if self._replica is not None:
+            self._replica.release()
+
     @torch.no_grad()
     def sample(
         self,
