@@ -45,6 +45,19 @@ def test_fields_nobody_filled_are_absent() -> None:
         batch.signal("bundle")
 
 
+def test_only_the_last_decision_of_a_trajectory_ended_it() -> None:
+    batch = random_batch(frozenset({"terminated", "truncated"}), seed=3)
+    found = batch.decisions(frozenset({"terminated", "truncated"}))
+    for name in ("terminated", "truncated"):
+        flags, ended = getattr(found, name).tolist(), getattr(batch, name).tolist()
+        expected = [
+            ended[row] and step == length - 1
+            for row, length in enumerate(batch.lengths.tolist())
+            for step in range(length)
+        ]
+        assert flags == expected and any(flags) and not all(flags)
+
+
 def test_signals_are_cut_with_the_rows() -> None:
     batch = random_batch(groups=[5])
     batch.set_signal("quality", torch.arange(5.0))

@@ -34,7 +34,7 @@ class AdamW(torch.optim.AdamW):
 
     @hookless
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of the parameters that have a gradient; returns what the closure does."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         for number, group in enumerate(self.param_groups):
@@ -42,8 +42,9 @@ class AdamW(torch.optim.AdamW):
             for moments in self._of(number, group, trained):
                 moments.step.add_(1)
                 beta1, beta2 = group["betas"]
+                gradients: list[Any] = [p.grad for p in moments.parameters]
                 torch._fused_adamw_(
-                    moments.parameters, [p.grad for p in moments.parameters], moments.averages, moments.squares, [],
+                    moments.parameters, gradients, moments.averages, moments.squares, [],
                     [moments.step] * len(moments.parameters), lr=group["lr"], beta1=beta1, beta2=beta2,
                     weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False, maximize=False,
                 )  # fmt: skip

@@ -127,17 +127,21 @@ class Batch(TensorClass):
     def decisions(self, required: frozenset[str]) -> "Batch":
         """The decisions that count, each as a row of its own, [D, 1].
 
-        What a row has as a whole goes with each of them. Of the optional fields those that are `required` are kept, of the
-        payload what belongs to decisions.
+        What a row has as a whole goes with each of them, but that it ended: only its last decision did that. Of the optional
+        fields those that are `required` are kept, of the payload what belongs to decisions.
         """
         row, column = self.mask.nonzero(as_tuple=True)
         steps = self.mask.shape[1]
+        last = torch.ones_like(row, dtype=torch.bool)
+        last[:-1] = row[1:] != row[:-1]
         picked: dict[str, Tensor] = {}
         for path, tensor in self.to_tensors().items():
             if path in OPTIONAL and path not in required:
                 continue
             if path != "rewards" and tensor.dim() > 1 and tensor.shape[1] == steps:
                 picked[path] = tensor[row, column][:, None]
+            elif path in ("terminated", "truncated"):
+                picked[path] = tensor[row] & last
             elif not path.startswith("payload."):
                 picked[path] = tensor[row]
         return Batch.from_tensors(picked)
@@ -191,6 +195,18 @@ class Evaluation:
     """Which rows of the last layer the kept logits belong to."""
     action_row: Int[Tensor, "N T"] = ABSENT
     """Which row of the last layer belongs to the decision taken."""
+    fresh_logp: Float[Tensor, "N T"] = ABSENT
+    """Log-probability of a decision drawn anew from the current policy; its gradient flows through the decision too."""
+    fresh_old_logp: Float[Tensor, "N T"] = ABSENT
+    """The same decision's under the policy of the last mirror step; gradient through the decision alone."""
+    fresh_q: Float[Tensor, "N T 2"] = ABSENT
+    """Both critics' values of that decision; gradient through the decision alone: their parameters are constant."""
+    q: Float[Tensor, "N T 2"] = ABSENT
+    """Both critics' values of the decision taken; gradient to their parameters."""
+    next_value: Float[Tensor, "N T"] = ABSENT
+    """The target network's value of the state that the decision led to. No gradient."""
+    squared_outputs: Float[Tensor, "N T"] = ABSENT
+    """Mean square of the Gaussian's means plus that of its log standard deviations."""
 
     def tensors(self) -> dict[str, Tensor]:
         """The fields that are there, by name."""
@@ -218,6 +234,8 @@ class Evaluation:
 
 EVALUATED = frozenset(f.name for f in fields(Evaluation))
 """Names of what an actor may be asked to evaluate."""
+OFF_POLICY = frozenset({"fresh_logp", "fresh_old_logp", "fresh_q", "q", "next_value", "squared_outputs"})
+"""Those that off-policy losses read, on decisions from a replay buffer."""
 
 
 OPTIONAL = frozenset(Batch.__dataclass_fields__) - {

@@ -10,7 +10,7 @@ import json
 import math
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -40,7 +40,7 @@ DOMAIN_DEFAULTS: dict[str, dict[str, Any]] = {
         "trainer": {"lr": 3e-4, "iterations": 50, "max_grad_norm": 0.5, "score_prompts": 16},
     },
 }
-"""By domain: defaults that are other than those of the fields."""
+"""By domain: defaults that are other than those of the fields. A method's own go before those of the trainer."""
 MANY_SLOTS = ("shaping", "advantage", "regularizers")
 SLOTS = ("sampler", "budget", "selection", "surrogate", "optimizer", *MANY_SLOTS)
 _SHOWN = 80
@@ -101,15 +101,19 @@ class RunConfig(Settings):
         """The slots that are filled with other parts than the recipe's."""
         return {slot: filling for slot in SLOTS if (filling := getattr(self, slot)) is not None}
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _defaults_of_the_domain(cls, values: Any) -> Any:
+    def _defaults_of_the_domain(cls, values: Any, validate: Callable[[Any], Self]) -> Self:
         domain = values.get("domain") if isinstance(values, dict) else None
         defaults = DOMAIN_DEFAULTS.get(domain, {}) if isinstance(domain, str) else {}
+        filled, left_open = values, set()
         for name, default in defaults.items():
             given = values.get(name, {} if isinstance(default, dict) else default)
-            values = {**values, name: {**default, **given} if isinstance(given, dict) else given}
-        return values
+            filled = {**filled, name: {**default, **given} if isinstance(given, dict) else given}
+            left_open |= set(default) - set(given) if name == "trainer" and isinstance(given, dict) else set()
+        made = validate(filled)
+        made.trainer.model_fields_set.difference_update(left_open)  # so that a method's own defaults go first
+        return made
 
     @field_validator("advantage")
     @classmethod

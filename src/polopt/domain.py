@@ -119,3 +119,15 @@ class Actor(Protocol):
     def score(self, task: Any, batch: Batch) -> dict[str, float]:
         """Statistics of held-out rollouts; `score`, `score/low` and `score/high` (95 % interval) among them."""
         ...
+
+
+class ReplayActor(Actor, Protocol):
+    """A policy that off-policy methods train on decisions from a replay buffer."""
+
+    def redraw(self, batch: Batch, draws: torch.Generator) -> Batch:
+        """The decisions with the noise by which `evaluate` draws new ones in their place."""
+        ...
+
+    def after_step(self, **options: Any) -> None:
+        """Called after each optimizer step, with the options for `evaluate`: target networks follow."""
+        ...

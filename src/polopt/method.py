@@ -22,7 +22,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from polopt.adamw import AdamW
-from polopt.batch import EVALUATED, Batch, Evaluation
+from polopt.batch import EVALUATED, OFF_POLICY, Batch, Evaluation
 from polopt.errors import ConfigError
 from polopt.functional.aggregation import Aggregation, Denominator, aggregation_weights
 from polopt.functional.masked import given_to_decisions, zero_outside
@@ -374,6 +374,11 @@ class Method(nn.Module):
         return frozenset({"logp"}).union(*(cast(Part, p).requires & EVALUATED for p in loss))
 
     @cached_property
+    def off_policy(self) -> bool:
+        """The loss reads what is evaluated of decisions from a replay buffer alone."""
+        return bool(self.evaluated & OFF_POLICY)
+
+    @cached_property
     def separable(self) -> bool:
         """The loss is a sum over trajectories, given `loss_weight`."""
         rows = self.surrogate.coupling in ("decision", "sequence")
@@ -418,6 +423,8 @@ class Method(nn.Module):
     def objective(self, evaluation: Evaluation, batch: Batch) -> Float[Tensor, ""]:
         """The loss of a minibatch as a function of the current policy's view of it; the batch is constant."""
         evaluation = evaluation.where(batch.mask)
+        if any(tensor.requires_grad for tensor in batch.values(True, True)):
+            batch = batch.detach()
         loss = self.surrogate(evaluation, batch)
         for regularizer in self.regularizers:
             loss = loss + regularizer(evaluation, batch)

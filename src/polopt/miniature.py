@@ -18,10 +18,10 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from polopt.batch import Batch, Evaluation
+from polopt.batch import EVALUATED, OFF_POLICY, Batch, Evaluation
 from polopt.domain import Plan, Rollout, Task
 
-PROVIDES = frozenset(Evaluation.__dataclass_fields__) - {"kl", "median"} | {
+PROVIDES = EVALUATED - OFF_POLICY - {"kl", "median"} | {
     "old_entropy", "old_value", "terminated", "truncated", "answer", "task",
 }  # fmt: skip
 """What the actor can evaluate, and what its rollouts carry."""

@@ -22,7 +22,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from polopt.batch import Batch, Evaluation, concatenate
-from polopt.domain import Actor, Plan, Rollout, Task
+from polopt.domain import Actor, Plan, ReplayActor, Rollout, Task
 from polopt.engine import diagnostics
 from polopt.engine.diagnostics import Metrics
 from polopt.engine.gradient import DIFFERENTIABLE, Backward, backward, evaluate_rows
@@ -32,7 +32,8 @@ from polopt.engine.minibatches import minibatches
 from polopt.engine.optimization import FiniteGuard, learning_rate
 from polopt.engine.ranks import Ranks
 from polopt.engine.record import Record, Reporter
-from polopt.engine.requirements import check_requirements
+from polopt.engine.replay_buffer import ReplayBuffer
+from polopt.engine.requirements import check_off_policy, check_requirements
 from polopt.engine.scores import SCORES, check_scores, score_vectors
 from polopt.engine.seeding import generator
 from polopt.errors import ConfigError
@@ -90,6 +91,7 @@ class Trainer:
         self.iteration = 0
         self.before: dict[str, Any] = {}
         self.replayed: list[Batch] = []
+        self.buffer = ReplayBuffer(self.config.buffer_size)
         self._stop = threading.Event()
 
     def run(self, resume: bool = False) -> dict[str, Any]:
@@ -145,7 +147,8 @@ class Trainer:
             batch = self.method.prepare(self._with_evaluations(rollout.batch), self._draw)
         metrics |= diagnostics.describe_advantages(batch) | {"time/prepare": time.perf_counter() - started}
         started = time.perf_counter()
-        metrics |= self._update(batch) if len(batch) else {"updates": 0.0}
+        update = self._update_off_policy if self.method.off_policy else self._update
+        metrics |= update(batch) if len(batch) else {"updates": 0.0}
         metrics |= {"lr": lr, "updates/skipped": float(self.guard.skipped)}
         metrics["time/update"] = time.perf_counter() - started
         for part in self.method.parts:
@@ -170,6 +173,7 @@ class Trainer:
             "optimizer": optimizer,
             "method": dict(self.method.state_dict()),
             "replay": {str(i): batch.to_tensors() for i, batch in enumerate(self.replayed)},
+            "buffer": self.buffer.state_dict(),
             "task": self.task.state_dict(),
             "trainer": {
                 "before": self.before,
@@ -184,6 +188,7 @@ class Trainer:
         self.ranks.load_full_state(self.actor.module, self.optimizer, state["model"], state["optimizer"])
         self.method.load_state_dict(state["method"])
         self.replayed = [Batch.from_tensors(tensors) for tensors in state["replay"].values()]
+        self.buffer.load_state_dict(state["buffer"])
         self.task.load_state_dict(state["task"])
         self.before = state["trainer"]["before"]
         self.guard.skipped, self.guard.in_a_row = state["trainer"]["skipped"], state["trainer"]["in_a_row"]
@@ -291,6 +296,22 @@ class Trainer:
                 epochs.append(diagnostics.describe_update(evaluations, described, self.method.surrogate))
         return {"updates": float(len(steps))} | diagnostics.average(steps) | diagnostics.average(epochs)
 
+    def _update_off_policy(self, batch: Batch) -> Metrics:
+        """Steps on decisions from the replay buffer, as many per decision of `batch` as `update_ratio` says."""
+        actor, c = cast(ReplayActor, self.actor), self.config
+        decisions = batch.decisions(self.method.requires)
+        self.buffer.add(decisions)
+        steps: list[Metrics] = []
+        draws = self._draw("replay buffer")
+        due = self.buffer.seen >= c.learning_starts
+        for _ in range(round(c.update_ratio * len(decisions)) if due else 0):
+            minibatch = actor.redraw(self.buffer.draw(c.batch_size, draws), draws)
+            minibatch.loss_weight = self.method.surrogate.loss_weights(minibatch)
+            if step := self._step(minibatch, fresh=False):
+                actor.after_step(**self.method.evaluation_options())
+                steps.append(step.metrics | diagnostics.describe_off_policy(step.evaluation))
+        return {"updates": float(len(steps)), "buffer": float(len(self.buffer))} | diagnostics.average(steps)
+
     def _step(self, batch: Batch, fresh: bool) -> Step | None:
         rows, averages = self._teaching_rows(batch), self.method.optimizer.averages_rollouts
         if averages and not len(rows):
@@ -377,6 +398,7 @@ class Trainer:
     def _check(self) -> None:
         """Refuse what cannot work, before anything runs."""
         check_requirements(self.method, self.actor.domain, self.actor.provides, self.actor.own_rollouts)
+        check_off_policy(self.method, self.config.model_dump())
         for name in sorted(self.method.requires & SCORES):
             check_scores(name, self.config.prompts * self.config.rollouts, 1, self.actor.module, self.ranks)
         if self.method.optimizer.per_group_gradients and not self.method.separable:

@@ -23,6 +23,14 @@ class TrainerConfig(Settings):
     """Iterations whose data an update draws from, each against its own behaviour policy; 1: the present one's only."""
     minibatches: int = Field(default=1, ge=1)
     """Optimizer steps of a pass."""
+    buffer_size: int = Field(default=0, ge=0)
+    """Decisions kept for replay, from which every update draws, for off-policy methods; 0: none."""
+    batch_size: int = Field(default=256, ge=1)
+    """Decisions drawn from the replay buffer for each optimizer step."""
+    learning_starts: int = Field(default=0, ge=0)
+    """Decisions collected before the first update from the replay buffer."""
+    update_ratio: float = Field(default=1.0, gt=0)
+    """Optimizer steps per decision collected, of updates from the replay buffer."""
     lr: float = Field(default=1e-5, gt=0)
     """Learning rate at its peak."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"

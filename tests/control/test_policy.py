@@ -68,6 +68,14 @@ def test_a_loaded_policy_acts_as_the_trained_one(
         np.testing.assert_allclose(one, actions[row], rtol=1e-5)
 
 
+@pytest.mark.parametrize("hidden", [None, [16]])
+def test_a_loaded_off_policy_agent_acts_as_the_trained_one(hidden: list[int] | None, tmp_path: Path) -> None:
+    open_fields = {"normalize_observations": False, "normalize_rewards": False, "hidden": hidden}
+    trainer = run(tmp_path / "run", "Pendulum-v1", "sac", **open_fields)
+    seen = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+    np.testing.assert_array_equal(load_policy(tmp_path / "run")(seen), trainer.actor.act(seen))
+
+
 def test_observations_are_normalised_as_in_training(folder: Path) -> None:
     policy = load_policy(folder)
     moments = policy.networks.observation_moments

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from polopt.cli.catalog import check_parts
 from polopt.cli.domains import DOMAINS
-from polopt.config import RunConfig, configure
+from polopt.config import DOMAIN_DEFAULTS, RunConfig, configure
 from polopt.engine.tracking import require_tracker
 from polopt.errors import ConfigError
 
@@ -69,8 +69,9 @@ def resolve(config: RunConfig) -> "tuple[RunConfig, Method]":
     for plugin in config.plugins:
         _import_plugin(plugin)
     method = recipe(config.method, config.domain, **config.slots)
+    of_domain = DOMAIN_DEFAULTS.get(config.domain, {}).get("trainer", {})
     whole_trajectories = config.domain == "control" and not method.decision_wise
-    trainer = config.trainer.with_defaults(method.defaults, whole_trajectories)
+    trainer = config.trainer.with_defaults({**of_domain, **method.defaults}, whole_trajectories)
     config = configure({**dict(config), "trainer": trainer})
     own_rollouts = config.domain != "language" or not config.language.stored
     check_requirements(method, config.domain, DOMAINS[config.domain].provides(), own_rollouts)

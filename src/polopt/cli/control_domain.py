@@ -52,8 +52,10 @@ class ControlDomain:
     def actor(self, config: RunConfig, task: "ControlTask", method: "Method") -> "ControlActor":
         """Networks from scratch."""
         from polopt.control.actor import ControlActor
+        from polopt.control.off_policy_actor import OffPolicyActor
 
-        return ControlActor(task, config.control, method.requires, config.trainer.seed)
+        made = OffPolicyActor if method.off_policy else ControlActor
+        return made(task, config.control, method.requires, config.trainer.seed)
 
     def estimate(self, config: RunConfig, task: "ControlTask", method: "Method") -> "Estimate":
         """See `polopt.cli.estimate`."""

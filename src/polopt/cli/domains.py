@@ -122,9 +122,15 @@ class LanguageDomain(_Rollouts):
 
     def provides(self) -> frozenset[str]:
         """Everything that can be evaluated, and what rollouts carry."""
-        from polopt.batch import EVALUATED
+        from polopt.batch import EVALUATED, OFF_POLICY
 
-        return EVALUATED - {"kl", "median"} | {"old_entropy", "terminated", "truncated", "answer", "task"}
+        return EVALUATED - OFF_POLICY - {"kl", "median"} | {
+            "old_entropy",
+            "terminated",
+            "truncated",
+            "answer",
+            "task",
+        }
 
     def task(self, config: RunConfig) -> "LanguageTask":
         """The task, with the run's further rewards."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from polopt.batch import Batch, Evaluation
 from polopt.control.collector import Collected, Collector
 from polopt.control.config import ControlConfig
-from polopt.control.distributions import Categorical, distribution_of
+from polopt.control.distributions import ActionDistribution, Categorical, distribution_of
 from polopt.control.networks import CRITIC, POLICY, ControlNetworks
 from polopt.control.task import ControlTask
 from polopt.domain import Plan, Rollout
@@ -42,6 +42,7 @@ class ControlActor:
     exact_sampler = True
     own_rollouts = True
     independent_decisions = True
+    networks = ControlNetworks
 
     def __init__(
         self, task: ControlTask, config: ControlConfig, requires: frozenset[str] = frozenset(), seed: int = 0
@@ -56,9 +57,7 @@ class ControlActor:
         self.dtype = getattr(torch, config.dtype)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.module = ControlNetworks(
-                task.observation_space.shape, self.distribution, config, self.critics
-            )
+            self.module = self.networks(task.observation_space.shape, self.distribution, config, self.critics)
         self._initial = deepcopy(self.module).requires_grad_(False)
         self._current = self.module
         self.provides = provides(task.action_space, config, self.critics)
@@ -70,9 +69,9 @@ class ControlActor:
         base = int(torch.randint(2**62, (), generator=generator))
         index = torch.arange(len(plan.prompt_ids)).repeat_interleave(plan.counts)
         prompts = plan.prompt_ids[index]
-        collector = Collector(
-            self.distribution, self.module.acting(), self.config.gamma, tuple(self.config.report_info)
-        )
+        behaviour = self.distribution if plan.heldout else self._behaviour()
+        act, report_info = self.module.acting(), tuple(self.config.report_info)
+        collector = Collector(behaviour, act, self.config.gamma, report_info)
         if self.horizon and not plan.heldout:
             found = collector.steps(task, len(index), self.horizon, base, plan.first)
             batch = self._batch(found, found.lane + plan.first, found.lane + plan.first)
@@ -93,20 +92,17 @@ class ControlActor:
     def evaluate(self, batch: Batch, requires: frozenset[str], **options: Any) -> Evaluation:
         """The current networks' view of the actions."""
         mask, payload = batch.mask, batch.payload
-        whole = mask.shape[1] == 1 and bool(mask.all())
+        at = of_decisions(mask)
         action, observation = payload["action"], payload["observation"]
         if self._current is not self.module and "raw_observation" in payload.keys():
             observation = self._current.seen(payload["raw_observation"].double()).to(self.dtype)
-        at = (slice(None), 0) if whole else mask
         encoded, critics = self._current.encode(observation[at]), requires & CRITICS
         hidden = self._current.hidden
         features, of_critics = hidden(encoded).unbind(0) if critics else (hidden.alone(POLICY)(encoded), None)
         found = {} if of_critics is None else self._current.values(of_critics, critics)
         old = payload["distribution"][at] if "kl" in requires else None
         found |= self._of_policy(features, action[at], old, requires, options)
-        if whole:
-            return Evaluation(**{name: value[:, None] for name, value in found.items()})
-        return Evaluation(**{name: _placed(value, mask) for name, value in found.items()})
+        return placed(found, mask)
 
     def micro_batches(self, batch: Batch) -> list[Int[Tensor, " n"]]:
         """Rows in pieces of at most `micro_batch` decisions, or of one row."""
@@ -153,6 +149,10 @@ class ControlActor:
         """The mode of the policy for raw observations [E, ...], as a vector environment takes it; both numpy arrays."""
         outputs = self.module.acting()(torch.as_tensor(observation))
         return self.distribution.to_environment(self.distribution.mode(outputs).numpy())
+
+    def _behaviour(self) -> ActionDistribution:
+        """How actions are drawn while it collects."""
+        return self.distribution
 
     def _batch(self, found: Collected, group: Tensor, prompt_id: Tensor) -> Batch:
         """Rewards per decision, scaled, or one return for each trajectory."""
@@ -201,7 +201,7 @@ class ControlActor:
         if self.keeps_distribution:
             seen = self.module.encode(batch.payload["observation"][batch.mask])
             outputs = self.module.distribution_outputs(self.module.hidden.alone(POLICY)(seen))
-            batch.payload["distribution"] = _placed(outputs, batch.mask)
+            batch.payload["distribution"] = _scattered(outputs, batch.mask)
 
     def _of_policy(
         self, features: Tensor, action: Tensor, old: Tensor | None, requires: frozenset[str], options: Any
@@ -267,6 +267,18 @@ def _of_choice(
     return found | {"kept_logits": kept.values, "kept_rows": kept.indices}
 
 
-def _placed(values: Tensor, mask: Tensor) -> Tensor:
+def of_decisions(mask: Tensor) -> Any:
+    """The index that takes the decisions [D, ...] out of what a batch has of them, [N, T, ...]."""
+    return (slice(None), 0) if mask.shape[1] == 1 and bool(mask.all()) else mask
+
+
+def placed(found: dict[str, Tensor], mask: Tensor) -> Evaluation:
+    """The evaluation [N, T, ...] of what was found of the decisions [D, ...]."""
+    if isinstance(of_decisions(mask), tuple):
+        return Evaluation(**{name: value[:, None] for name, value in found.items()})
+    return Evaluation(**{name: _scattered(value, mask) for name, value in found.items()})
+
+
+def _scattered(values: Tensor, mask: Tensor) -> Tensor:
     """Values of decisions [D, ...] where the batch has the decisions, [N, T, ...]."""
     return values.new_zeros(*mask.shape, *values.shape[1:]).index_put((mask,), values)

@@ -1,6 +1,6 @@
 """Configuration of a control run."""
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -12,7 +12,7 @@ class ControlConfig(Settings):
 
     horizon: int | None = Field(None, ge=0)
     """Steps of each environment in an iteration, which live on across iterations; 0: whole episodes from start states. If
-    not given, 256 for methods with a critic and 0 for others."""
+    not given, 50 for off-policy methods, 256 for others with a critic and 0 for the rest."""
     vectorization: Literal["sync", "native"] = "sync"
     """"native": the environment's own vectorised implementation."""
     restore: Literal["replay", "reset"] = "replay"
@@ -23,15 +23,16 @@ class ControlConfig(Settings):
     start_states: int = Field(1024, ge=1)
     """Start states (seeds of resets) that training draws from where it takes whole episodes."""
     distribution: Literal["auto", "gaussian", "squashed"] = "auto"
-    """Policy over continuous actions: a Gaussian clipped to the bounds, or one squashed by tanh; "auto" is "gaussian"."""
+    """Policy over continuous actions: a Gaussian clipped to the bounds, or one squashed by tanh; "auto" is "gaussian",
+    for off-policy methods "squashed"."""
     state_dependent_std: bool = False
     """The Gaussian's standard deviation depends on the observation."""
     log_std: float = 0.0
     """Logarithm of the Gaussian's initial standard deviation."""
-    hidden: list[int] = Field([64, 64], min_length=1)
-    """Units of the hidden layers of policy and critic each."""
-    activation: Literal["tanh", "relu", "elu"] = "tanh"
-    """Nonlinearity of the hidden layers."""
+    hidden: list[int] | None = Field(None, min_length=1)
+    """Units of the hidden layers of policy and critic each. If not given, 64 and 64; 256 and 256 for off-policy methods."""
+    activation: Literal["tanh", "relu", "elu"] | None = None
+    """Nonlinearity of the hidden layers. If not given, "tanh"; "relu" for off-policy methods."""
     normalize_observations: bool = False
     """Standardise observations by running moments, clipped at 10."""
     normalize_rewards: bool = False
@@ -42,6 +43,10 @@ class ControlConfig(Settings):
     """Numeric entries of the environment's `info` whose sums over episodes are reported."""
     score_policy: Literal["deterministic", "stochastic"] = "deterministic"
     """How the policy acts in held-out scores: the distribution's mode, or a draw."""
+    collect_policy: Literal["stochastic", "deterministic"] = "stochastic"
+    """How an off-policy method acts while it collects; others always draw."""
+    uniform_start: bool = True
+    """An off-policy method's actions are uniform within the bounds until its first update."""
     dtype: Literal["float32", "float64"] = "float32"
     """Precision of the networks."""
     micro_batch: int = Field(16384, ge=1)
@@ -49,10 +54,14 @@ class ControlConfig(Settings):
 
     @field_validator("hidden")
     @classmethod
-    def _widths_are_positive(cls, hidden: list[int]) -> list[int]:
-        if min(hidden) < 1:
+    def _widths_are_positive(cls, hidden: list[int] | None) -> list[int] | None:
+        if hidden and min(hidden) < 1:
             raise ValueError("every layer needs at least one unit")
         return hidden
+
+    def filled(self, **defaults: Any) -> Self:
+        """The same settings, with `defaults` for the fields that are None."""
+        return self.model_copy(update={n: value for n, value in defaults.items() if getattr(self, n) is None})
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

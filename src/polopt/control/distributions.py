@@ -16,6 +16,7 @@ from torch.nn.functional import one_hot, softplus
 from polopt.errors import ConfigError
 from polopt.functional.divergence import categorical_kl, gaussian_kl
 
+_NEARLY_ONE = 1 - 1e-6
 LOG_STD_RANGE = (-20.0, 2.0)
 """Logarithms of a state-dependent standard deviation are clamped to this range."""
 
@@ -186,14 +187,15 @@ class SquashedGaussian(Gaussian):
             raise ConfigError(
                 "control.distribution = 'squashed': the actions are unbounded; choose 'gaussian'"
             )
-        self._log_scale = float(scale.log().sum())
+        self.log_scale = float(scale.log().sum())
+        """Logarithm of the volume of the bounds over that of [-1, 1]^D."""
 
     def logp(self, outputs: Tensor, action: Tensor) -> Tensor:
         return super().logp(outputs, action) - self.log_volume(action)
 
     def log_volume(self, action: Float[Tensor, "*n D"]) -> Float[Tensor, "*n"]:
         """Logarithm of how much squashing and scaling stretch the space at a point."""
-        return (2 * (math.log(2) - action - softplus(-2 * action))).sum(-1) + self._log_scale
+        return (2 * (math.log(2) - action - softplus(-2 * action))).sum(-1) + self.log_scale
 
     def entropy(self, outputs: Tensor) -> Tensor:
         raise NotImplementedError("a squashed Gaussian's entropy has no closed form")
@@ -203,6 +205,21 @@ class SquashedGaussian(Gaussian):
 
         scaled = self.low + (self.high - self.low) * (np.tanh(action) + 1) / 2
         return super().to_environment(scaled)
+
+
+class UniformActions(SquashedGaussian):
+    """Draws that are uniform within the bounds, whatever the policy."""
+
+    def draw(self, outputs: Tensor, noise: Tensor) -> Tensor:
+        uniform = torch.erf(noise.double() / math.sqrt(2))
+        return uniform.clamp(-_NEARLY_ONE, _NEARLY_ONE).atanh().to(outputs)
+
+
+class MeanActions(SquashedGaussian):
+    """Draws that are always the mode."""
+
+    def draw(self, outputs: Tensor, noise: Tensor) -> Tensor:
+        return self.mode(outputs)
 
 
 def distribution_of(space: Any, kind: str) -> ActionDistribution:

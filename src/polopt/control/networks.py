@@ -121,6 +121,7 @@ class ControlNetworks(nn.Module):
         critics: frozenset[str],
     ) -> None:
         super().__init__()
+        hidden, activation = config.hidden or [64, 64], config.activation or "tanh"
         self.image = len(observation) == 3
         self.convolution = _convolution(observation) if self.image else None
         size = (
@@ -129,24 +130,24 @@ class ControlNetworks(nn.Module):
         self.own_std = not distribution.discrete and not config.state_dependent_std
         self.bounded_std = not distribution.discrete and config.state_dependent_std
         width = distribution.outputs // 2 if self.own_std else distribution.outputs
-        layers = [_layers(size, config)]
-        self.policy = _linear(config.hidden[-1], width, _POLICY_GAIN)
+        layers = [_layers(size, hidden)]
+        self.policy = _linear(hidden[-1], width, _POLICY_GAIN)
         self.log_std = nn.Parameter(torch.full((width,), config.log_std)) if self.own_std else None
         if self.bounded_std:
             nn.init.constant_(self.policy.bias[width // 2 :], config.log_std)
         if critics:
-            layers.append(_layers(size, config))
-        self.value = _linear(config.hidden[-1], 1, 1.0) if "value" in critics else None
+            layers.append(_layers(size, hidden))
+        self.value = _linear(hidden[-1], 1, 1.0) if "value" in critics else None
         self.median = (
             nn.Sequential(
-                _linear(config.hidden[-1], config.hidden[-1], math.sqrt(2)),
-                ACTIVATIONS[config.activation](),
-                _linear(config.hidden[-1], 1, 1.0),
+                _linear(hidden[-1], hidden[-1], math.sqrt(2)),
+                ACTIVATIONS[activation](),
+                _linear(hidden[-1], 1, 1.0),
             )
             if "median" in critics
             else None
         )
-        self.hidden = HiddenLayers(layers, ACTIVATIONS[config.activation]())
+        self.hidden = HiddenLayers(layers, ACTIVATIONS[activation]())
         self.observation_moments = RunningMoments(observation) if config.normalize_observations else None
         self.return_moments = RunningMoments(()) if config.normalize_rewards else None
         self.to(getattr(torch, config.dtype))
@@ -183,8 +184,7 @@ class ControlNetworks(nn.Module):
         if self.log_std is not None:
             outputs = torch.cat([outputs, self.log_std.expand_as(outputs)], -1)
         elif self.bounded_std:
-            mean, log_std = outputs.chunk(2, -1)
-            outputs = torch.cat([mean, log_std.clamp(*LOG_STD_RANGE)], -1)
+            outputs = bounded(outputs)
         return outputs
 
     def values(self, features: Float[Tensor, "D H"], which: frozenset[str]) -> dict[str, Float[Tensor, " D"]]:
@@ -193,8 +193,14 @@ class ControlNetworks(nn.Module):
         return {name: heads[name](features)[:, 0] for name in sorted(which)}
 
 
-def _layers(size: int, config: ControlConfig) -> list[nn.Linear]:
-    widths = [size, *config.hidden]
+def bounded(outputs: Tensor) -> Tensor:
+    """Outputs for a Gaussian [..., 2 A] with the logarithms of its standard deviations clamped."""
+    mean, log_std = outputs.chunk(2, -1)
+    return torch.cat([mean, log_std.clamp(*LOG_STD_RANGE)], -1)
+
+
+def _layers(size: int, hidden: list[int]) -> list[nn.Linear]:
+    widths = [size, *hidden]
     return [_linear(before, after, math.sqrt(2)) for before, after in zip(widths, widths[1:], strict=False)]
 
 

@@ -15,6 +15,7 @@ import torch
 from polopt.control.config import ControlConfig
 from polopt.control.distributions import ActionDistribution, distribution_of
 from polopt.control.networks import ControlNetworks
+from polopt.control.off_policy_networks import OffPolicyNetworks, off_policy_config
 from polopt.control.task import ControlTask, typed_options
 from polopt.engine import checkpoint
 from polopt.engine.run_folder import RunFolder
@@ -92,14 +93,11 @@ def load_policy(run: Path | str, iteration: int | None = None, seed: int = 0) ->
     config = ControlConfig.create("control", **description["control"])
     task = ControlTask(description["task"], config, typed_options(description["task_options"]))
     task.close()
-    distribution, shape = (
-        distribution_of(task.action_space, config.distribution),
-        task.observation_space.shape,
-    )
-    weights = state["model"]
-    critics = frozenset(
-        name for name in ("value", "median") if any(key.startswith(f"{name}.") for key in weights)
-    )
-    networks = ControlNetworks(shape, distribution, config, critics)
+    weights, shape = state["model"], task.observation_space.shape
+    has = {key.partition(".")[0] for key in weights}
+    kind = OffPolicyNetworks if "critics" in has else ControlNetworks
+    config = off_policy_config(config) if "critics" in has else config
+    distribution = distribution_of(task.action_space, config.distribution)
+    networks = kind(shape, distribution, config, frozenset(has & {"value", "median"}))
     networks.load_state_dict(weights)
     return Policy(networks.requires_grad_(False), distribution, shape, seed)

@@ -93,8 +93,8 @@ class VectorEnvironments:
     def step(self, actions: Array) -> Transition:
         """One step of each."""
         if self.native:
-            *found, info = self._made.step(actions)
-            made = Transition(*found, ~self._resets_next, info)
+            observation, reward, terminated, truncated, info = self._made.step(actions)
+            made = Transition(observation, reward, terminated, truncated, ~self._resets_next, info)
             self._resets_next = made.ended
             return made
         observation, reward = np.empty_like(self._observation), np.empty(self.count)

@@ -94,6 +94,16 @@ def describe_update(evaluations: Sequence[Evaluation], batch: Batch, surrogate: 
     return metrics
 
 
+def describe_off_policy(evaluation: Evaluation) -> Metrics:
+    """Entropy and critics at decisions drawn anew, means over a minibatch as they were before its step."""
+    found = {}
+    if evaluation.fresh_logp is not None:
+        found["entropy/update"] = -_mean(evaluation.fresh_logp)
+    if evaluation.fresh_q is not None:
+        found["q"] = _mean(evaluation.fresh_q)
+    return found
+
+
 def peak_memory() -> float:
     """Largest resident memory of this process so far, in MB."""
     scale = 1e6 if sys.platform == "darwin" else 1e3

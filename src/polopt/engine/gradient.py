@@ -24,7 +24,10 @@ from polopt.engine.ranks import Piece, Ranks
 
 Objective = Callable[[Evaluation, Batch], Float[Tensor, ""]]
 Rows = Int[Tensor, " n"]
-DIFFERENTIABLE = ("logp", "entropy", "value", "median", "kl")
+DIFFERENTIABLE = (
+    "logp", "entropy", "value", "median", "kl",
+    "fresh_logp", "fresh_old_logp", "fresh_q", "q", "squared_outputs",
+)  # fmt: skip
 
 
 class Evaluator(Protocol):

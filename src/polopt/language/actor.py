@@ -12,7 +12,7 @@ from jaxtyping import Int
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from polopt.batch import Batch, Evaluation
+from polopt.batch import EVALUATED, OFF_POLICY, Batch, Evaluation
 from polopt.domain import Plan, Rollout
 from polopt.engine.gradient import evaluate_rows
 from polopt.engine.ranks import Ranks
@@ -92,7 +92,7 @@ class LanguageActor:
         )
         self.scoring = SamplingConfig(config.max_new_tokens, config.score_temperature, stop=stop)
         lacks = {"kl", "median"} | (set() if critic else {"value"})
-        self.provides = frozenset(Evaluation.__dataclass_fields__) - lacks
+        self.provides = EVALUATED - OFF_POLICY - lacks
         self.provides |= {"old_entropy", "terminated", "truncated", "answer", "task"}
 
     @classmethod

@@ -62,6 +62,7 @@ class TinyActor:
             "value": self.module["critic"](hidden)[..., 0],
             "median": self.module["median"](hidden)[..., 0],
         }
+        found |= _replayed(logprobs, tokens, found["value"], found["median"])
         if "kl" in requires:
             old = torch.where(mask[..., None], batch.payload["old_logprobs"], 0.0).to(logprobs)
             found["kl"] = (logprobs.exp() * (logprobs - old)).sum(-1)
@@ -82,6 +83,19 @@ class TinyActor:
     def micro_batches(self, batch: Batch) -> list[Int[Tensor, " n"]]:
         """The rows in order, `rows` at a time."""
         return list(torch.arange(len(batch)).split(self.rows))
+
+
+def _replayed(logprobs: Tensor, tokens: Tensor, value: Tensor, median: Tensor) -> dict[str, Tensor]:
+    """What off-policy losses read: the token after the one taken as the fresh one, and the two critics as twins."""
+    following = ((tokens + 1) % VOCABULARY)[..., None]
+    return {
+        "fresh_logp": logprobs.gather(-1, following)[..., 0],
+        "fresh_old_logp": (logprobs / 2).log_softmax(-1).gather(-1, following)[..., 0],
+        "fresh_q": torch.stack([value + median, value - median], -1),
+        "q": torch.stack([value, median], -1),
+        "next_value": value.detach() / 2,
+        "squared_outputs": logprobs.square().mean(-1),
+    }
 
 
 def outside(values: Shaped[Tensor, "N T ..."], mask: Tensor, filling: float) -> Shaped[Tensor, "N T ..."]:

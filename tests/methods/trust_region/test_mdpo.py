@@ -13,6 +13,7 @@ from polopt.errors import ConfigError
 from polopt.functional.divergence import categorical_kl, gaussian_kl
 from polopt.functional.masked import standardize
 from polopt.methods.classics.ppo import PPOClip
+from polopt.methods.classics.sac import soft_q_target, soft_value_target
 from polopt.methods.trust_region.mdpo import (
     MirrorDescent,
     annealed_step,
@@ -20,8 +21,6 @@ from polopt.methods.trust_region.mdpo import (
     mirror_step,
     sampled_divergence,
     soft_policy_loss,
-    soft_q_target,
-    soft_value_target,
     tsallis_log,
 )
 from polopt.miniature import SumModActor, SumModTask
@@ -252,6 +251,15 @@ def test_off_policy_loss_with_equal_weights_is_soft_actor_critics() -> None:
 def test_off_policy_loss_at_temperature_zero_is_the_proximal_improvement() -> None:
     logp, old, q = (normal(9, seed=s) for s in range(3))
     assert_close(soft_policy_loss(logp, old, q, 0.0, 1.7), 1.7 * (logp - old) - q)
+
+
+def test_off_policy_loss_of_another_order_tends_to_the_natural_one_and_keeps_its_zero() -> None:
+    logp, old, q = (normal(9, seed=s) for s in range(3))
+    natural = soft_policy_loss(logp, old, q, 0.2, 1.3)
+    assert_close(soft_policy_loss(logp, old, q, 0.2, 1.3, tsallis=1 + 1e-9), natural, rtol=1e-6, atol=1e-7)
+    assert_close(soft_policy_loss(logp, logp, q, 0.2, 1.3, tsallis=0.5), 0.2 * logp - q)
+    order_two = 1.3 * (old.neg().exp() - logp.neg().exp()) + 0.2 * old - q
+    assert_close(soft_policy_loss(logp, old, q, 0.2, 1.3, tsallis=0.0), order_two)
 
 
 def test_critic_targets_take_the_smaller_critic_stop_at_the_end_and_are_constant() -> None:

@@ -6,12 +6,11 @@ from torch.distributions import Normal
 
 from polopt.batch import Evaluation
 from polopt.functional.divergence import categorical_kl, gaussian_kl
+from polopt.methods.classics.sac import soft_q_target, soft_value_target
 from polopt.methods.trust_region.mdpo import (
     MirrorDescent,
     mirror_step,
     soft_policy_loss,
-    soft_q_target,
-    soft_value_target,
     tsallis_log,
 )
 from tests.vectors.adapters.common import AGGREGATIONS, Values, batch_of, loss_and_gradient

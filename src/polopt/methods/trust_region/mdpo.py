@@ -18,8 +18,7 @@ steps on that one objective: mirror descent, solved roughly. Nothing is clipped;
     t_k = \max(t_{min},\ t_0(1 - k/K)) \tag{D6}
 
 .. math::
-    L_\pi = \mathrm{mean}\big[\kappa\log\pi_\theta + (\lambda-\kappa)\log\pi_k - Q_1\big], \quad
-    V \to \min(Q_1,Q_2) - \lambda\log\pi_\theta, \quad y = R + (1-d)\gamma\bar V(s') \tag{D7, D8}
+    L_\pi = \mathrm{mean}\big[\kappa\log\pi_\theta + (\lambda-\kappa)\log\pi_k - Q_1\big] \tag{D7}
 
 .. math::
     \log_q x = \frac{x^{1-q}-1}{1-q}, \quad
@@ -33,8 +32,12 @@ The paper puts log_q in place of the logarithms of the KL. (D9) is the Bregman d
 the data: it is 0 with gradient 0 at the old policy and (D4) at q = 1. The official code takes the plain difference of
 logarithms of order 2 - q without importance weights: `kl="difference"`.
 
-(D7, D8) are the off-policy losses; with kappa = lambda they are those of soft actor-critic. The paper's critic takes 5
-epochs of minibatches of its own, here it descends in the policy's steps.
+(D7) is the off-policy loss, at actions that the policy draws anew in replayed states, with the critics of soft actor-critic
+(`sac`). kappa = 1 / t weighs the KL and lambda the entropy; with kappa = lambda it is soft actor-critic. pi_k is the policy
+of `steps` updates ago at most. Logarithms of another order replace those of the KL: there the official code's 2 - q, at
+actions of the new policy, so no weights are needed.
+
+The paper's on-policy critic takes 5 epochs of minibatches of its own, here it descends in the policy's steps.
 
 Use it when several updates per rollout should stay stable without a clip to tune, or as the smooth baseline of a
 clipped method. Not when there is one update per rollout: the divergence then has no gradient and the method is the plain
@@ -45,12 +48,13 @@ divergence has the new policy first. The form for control has no reward normalis
 clip (the paper: both).
 
 Slots: surrogate `mdpo`. The recipe has the sampled KL and a group baseline on any domain; its form for control is the
-paper's on-policy agent: critic, generalised advantages, exact KL; what other libraries call MDPO.
+paper's on-policy agent: critic, generalised advantages, exact KL; what other libraries call MDPO. Surrogate `soft_mirror`
+(D7) in the recipe `mdpo-off`, the paper's off-policy agent. It collects with draws of the policy, as the paper says; the
+published script takes the mean (`control.collect_policy = "deterministic"`).
 """
 
 from typing import Any, Literal, NamedTuple, Self
 
-import torch
 from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -61,6 +65,13 @@ from polopt.functional.ratio import LOG_RATIO_BOUND, log_ratio
 from polopt.method import Method, Optimizer, Surrogate
 from polopt.methods.classics.grpo import GroupStandardized
 from polopt.methods.classics.ppo import GAE, ValueLoss
+from polopt.methods.classics.sac import (
+    OFF_POLICY_DEFAULTS,
+    NoAdvantage,
+    SoftCritics,
+    SoftSurrogate,
+    SquaredOutputs,
+)
 from polopt.registry import register, register_recipe
 
 LOGP_BOUND = 80.0
@@ -118,6 +129,14 @@ def sampled_divergence(
     return divergence * ((1 - q) * old_logp.detach()).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
 
 
+def tsallis_difference(
+    logp: Float[Tensor, "*shape"], old_logp: Float[Tensor, "*shape"], q: float
+) -> Float[Tensor, "*shape"]:
+    """log_{2-q} of the policy minus that of the old one, of log-probabilities clamped to 80 nats either way."""
+    new, old = (x.clamp(-LOGP_BOUND, LOGP_BOUND) for x in (logp, old_logp))
+    return tsallis_log_of_exp(new, 2 - q) - tsallis_log_of_exp(old, 2 - q)
+
+
 def mirror_loss(
     ratio: Float[Tensor, "*shape"],
     advantages: Float[Tensor, "*shape"],
@@ -139,6 +158,7 @@ def soft_policy_loss(
     q1: Float[Tensor, "*shape"],
     temperature: float,
     inverse_step: float,
+    tsallis: float = 1.0,
 ) -> Float[Tensor, "*shape"]:
     """Equation (D7) of each state, at an action drawn anew from the policy; gradients flow through that action in all.
 
@@ -148,28 +168,11 @@ def soft_policy_loss(
         q1: the first critic's value of the action.
         temperature: lambda, the weight of the entropy.
         inverse_step: kappa = 1 / t_k, the weight of the KL; equal to lambda it is the loss of soft actor-critic.
+        tsallis: q; the KL's logarithms are of order 2 - q, of log-probabilities clamped to 80 nats either way.
     """
-    return inverse_step * logp + (temperature - inverse_step) * old_logp - q1
-
-
-def soft_value_target(
-    q1: Float[Tensor, "*shape"],
-    q2: Float[Tensor, "*shape"],
-    logp: Float[Tensor, "*shape"],
-    temperature: float,
-) -> Float[Tensor, "*shape"]:
-    """Equation (D8): what the state value is fitted to, constant."""
-    return (torch.minimum(q1, q2) - temperature * logp).detach()
-
-
-def soft_q_target(
-    reward: Float[Tensor, "*shape"],
-    terminated: Float[Tensor, "*shape"],
-    next_value: Float[Tensor, "*shape"],
-    gamma: float,
-) -> Float[Tensor, "*shape"]:
-    """Equation (D8): what both critics are fitted to, constant; `next_value` is the target network's."""
-    return (reward + (1 - terminated) * gamma * next_value).detach()
+    if tsallis == 1:
+        return inverse_step * logp + (temperature - inverse_step) * old_logp - q1
+    return inverse_step * tsallis_difference(logp, old_logp, tsallis) + temperature * old_logp - q1
 
 
 @register("mdpo")
@@ -221,12 +224,37 @@ class MirrorDescent(Surrogate):
                 return evaluation.kl
             case "sampled":
                 return sampled_divergence(x, old_logp, c.tsallis)
-        new, old = (logp.clamp(-LOGP_BOUND, LOGP_BOUND) for logp in (evaluation.logp, old_logp))
-        return tsallis_log_of_exp(new, 2 - c.tsallis) - tsallis_log_of_exp(old, 2 - c.tsallis)
+        return tsallis_difference(evaluation.logp, old_logp, c.tsallis)
 
     def decision_loss(self, evaluation: Evaluation, batch: Batch) -> Float[Tensor, "N T"]:
         x = log_ratio(evaluation.logp, batch.old_logp, batch.mask, self.config.log_ratio_bound)
         return mirror_loss(x.exp(), batch.advantages, self.divergence(x, evaluation, batch), self.step_size)
+
+
+@register("soft_mirror")
+class SoftMirrorDescent(SoftSurrogate):
+    """The off-policy loss, equation (D7): climbs the critic, held near the policy of the last mirror step."""
+
+    requires = frozenset({"fresh_logp", "fresh_old_logp", "fresh_q"})
+
+    class Config(SoftSurrogate.Config):
+        """Options of the mirror step."""
+
+        inverse_step: float = Field(1.0, ge=0)
+        """kappa = 1 / t, weight of the KL in units of reward per nat; equal to `temperature` it is soft actor-critic."""
+        steps: int = Field(1000, ge=1)
+        """Optimizer steps of a mirror step, after which the policy becomes the old one."""
+        tsallis: float = Field(1.0, ge=0, lt=2)
+        """Order q of the KL, whose logarithms are of order 2 - q (D9); 1: natural."""
+
+    def evaluation_options(self) -> dict[str, Any]:
+        return {"mirror_steps": self.config.steps}
+
+    def decision_loss(self, evaluation: Evaluation, batch: Batch) -> Float[Tensor, "N T"]:
+        c, e = self.config, evaluation
+        return soft_policy_loss(
+            e.fresh_logp, e.fresh_old_logp, e.fresh_q[..., 0], c.temperature, c.inverse_step, c.tsallis
+        )
 
 
 @register_recipe("mdpo")
@@ -248,4 +276,15 @@ def mdpo_control() -> Method:
         regularizers=[ValueLoss()],
         optimizer=Optimizer(eps=1e-5),
         defaults={"prompts": 8, "rollouts": 1, "epochs": 10, "max_grad_norm": 0.5, "lr_schedule": "linear"},
+    )
+
+
+@register_recipe("mdpo-off", domain="control")
+def mdpo_off() -> Method:
+    """The paper's off-policy MDPO: a step per environment step, a new mirror step every 1000, replay and twin critics."""
+    return Method(
+        advantage=NoAdvantage(),
+        surrogate=SoftMirrorDescent(),
+        regularizers=[SoftCritics(), SquaredOutputs()],
+        defaults=OFF_POLICY_DEFAULTS,
     )
