@@ -22,7 +22,8 @@ def advantage(inputs: Values, params: Values) -> Values:
 
 def multi(inputs: Values, params: Values) -> Values:
     """Advantage of several rewards."""
-    return {"advantage": bnpo_advantage(inputs["rewards"].double(), inputs["group"])}
+    low, high, cap = params.get("r_min", 0.0), params.get("r_max", 1.0), params.get("weight_max", 1e6)
+    return {"advantage": bnpo_advantage(inputs["rewards"].double(), inputs["group"], low, high, cap)}
 
 
 def loss(inputs: Values, params: Values) -> Values:

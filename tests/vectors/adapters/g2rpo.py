@@ -12,13 +12,15 @@ from polopt.methods.advantage.g2rpo import (
 )  # fmt: skip
 from tests.vectors.adapters.common import Values
 
+TIE_TOL = 1e-9
+
 
 def scores(inputs: Values, params: Values) -> Values:
     """Normal scores of one sample, or of each row of samples."""
     samples = inputs["samples"].double()
     rows = samples if samples.dim() == 2 else samples[None]
     alone = Groups.of(torch.zeros(rows.shape[1], dtype=torch.int64))
-    found = torch.stack([normal_scores(row, alone) for row in rows])
+    found = torch.stack([normal_scores(row, alone, params.get("tie_tol", TIE_TOL)) for row in rows])
     return {"scores": found if samples.dim() == 2 else found[0]}
 
 
@@ -26,8 +28,10 @@ def advantage(inputs: Values, params: Values) -> Values:
     """Both stages."""
     rewards = inputs["rewards"].double()
     rewards = rewards if rewards.dim() == 2 else rewards[:, None]
-    first, found = gaussian_rank_advantage(rewards, inputs["group"], inputs["task"])
-    return {"stage1": first, "advantage": found}
+    first, found = gaussian_rank_advantage(
+        rewards, inputs["group"], inputs["task"], params.get("tie_tol", TIE_TOL)
+    )
+    return {"stage1": first, "advantage": found if params.get("two_stage", True) else first}
 
 
 def envelope(inputs: Values, params: Values) -> Values:
@@ -37,12 +41,13 @@ def envelope(inputs: Values, params: Values) -> Values:
 
 
 def shaping(inputs: Values, params: Values) -> Values:
-    """Entropy band with the sampled estimator."""
-    logp = inputs["logp"].clone().requires_grad_()
-    mean = task_entropy(-logp, inputs["mask"].bool(), inputs["task"])
+    """Entropy band with either estimator, and its derivative with respect to what that reads."""
+    read = "entropy" if params.get("estimator") == "full" else "logp"
+    leaf = inputs[read].clone().requires_grad_()
+    mean = task_entropy(leaf if read == "entropy" else -leaf, inputs["mask"].bool(), inputs["task"])
     loss = params["coef"] * entropy_band(mean, params["low"], params["high"])
-    (gradient,) = torch.autograd.grad(loss, logp)
-    return {"loss": loss.detach(), "grad_logp": gradient, "task_entropy": mean.detach()}
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    return {"loss": loss.detach(), f"grad_{read}": gradient, "task_entropy": mean.detach()}
 
 
 OPERATIONS = {

@@ -39,7 +39,7 @@ def score(inputs: Values, params: Values) -> Values:
         "pass_rate": rate,
         "ovs": variance,
         "vps": vps,
-        "weight": sampling_weights(vps, eps=params["eps"]),
+        "weight": sampling_weights(vps, params.get("normalize", "minmax"), params["eps"]),
     }
 
 

@@ -1,5 +1,7 @@
 """PF-PPO."""
 
+from torch import Tensor
+
 from polopt.functional.groups import Groups
 from polopt.methods.allocation.pf_ppo import filter_weights, r_squared
 from polopt.methods.classics.ppo import PPOClip
@@ -8,10 +10,13 @@ from tests.vectors.adapters.common import Values, batch_of, loss_and_gradient
 
 def weights(inputs: Values, params: Values) -> Values:
     """Selection probabilities."""
+    return {"weight": probabilities(inputs, params)}
+
+
+def probabilities(inputs: Values, params: Values) -> Tensor:
+    """By the strategy and its power, if there is one."""
     options = {"power": params["power"]} if "power" in params else {}
-    return {
-        "weight": filter_weights(inputs["rewards"].double(), inputs["group"], params["strategy"], **options)
-    }
+    return filter_weights(inputs["rewards"].double(), inputs["group"], params["strategy"], **options)
 
 
 def diagnostic(inputs: Values, params: Values) -> Values:
@@ -24,7 +29,7 @@ def expected_loss(inputs: Values, params: Values) -> Values:
     """Clipped loss with every sequence weighted by its probability."""
     batch = batch_of(inputs)
     groups = Groups.of(batch.group)
-    probability = filter_weights(batch.outcome(), batch.group, params["strategy"])
+    probability = probabilities(inputs, params)
     batch.weights = (probability * groups.broadcast(groups.size))[:, None] * batch.mask
     part = PPOClip(aggregation="group_mean", clip_low=params["clip"], clip_high=params["clip"])
     return loss_and_gradient(part, batch, inputs["logp"]) | {"weight": probability}

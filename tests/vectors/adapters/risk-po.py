@@ -34,7 +34,8 @@ def released(inputs: Values, params: Values) -> Values:
     names = ("alpha", "beta", "w_mix", "credit", "natural_baseline", "norm_by_std", "eps")
     scores, advantage = released_advantage(
         inputs["rewards"].double(), group, bundle, sets,
-        quantiles=torch.stack([inputs["q_alpha"], inputs["q_beta"]]) if known else None,
+        quantiles=torch.tensor([float(inputs["q_alpha"]), float(inputs["q_beta"])]) if known else None,
+        upper_weight=params.get("upper_weight"),
         **{name: params[name] for name in names},
     )  # fmt: skip
     return {"bundle_scores": scores, "advantage": advantage}
