@@ -150,3 +150,18 @@ def test_pair_losses_are_exact_under_micro_batches(rows: int) -> None:
         backward(actor, data, PairwiseProximal(), frozenset({"logp"}), separable=False)
         found.append([p.grad.clone() for p in actor.module.parameters() if p.grad is not None])
     assert_close(found[1], found[0], atol=1e-10, rtol=0.0)
+
+
+@pytest.mark.parametrize(
+    "surrogate", [PairwiseProximal(variant="v1"), PairwiseProximal(), ContrastivePairs(beta=0)]
+)
+def test_a_response_without_decisions_takes_part_in_pairs_with_its_reward(
+    surrogate: PairwiseProximal | ContrastivePairs,
+) -> None:
+    data = batch(2, 3)
+    data.group = torch.zeros(2, dtype=torch.int64)
+    data.mask = torch.tensor([[True, True, False], [False, False, False]])
+    data.rewards = torch.tensor([[3.0], [1.0]], dtype=torch.float64)
+    data.weights = data.loss_weight = data.mask.double()
+    share = 1.0 if isinstance(surrogate, PairwiseProximal) else 2.0  # CoPG on policy is twice P3O
+    assert_close(gradient(surrogate, data, data.old_logp), -share * data.mask.double())

@@ -92,7 +92,8 @@ class PairwiseProximal(Surrogate):
         x = (masked_sum(evaluation.logp, mask) - masked_sum(batch.old_logp, mask)).clamp(
             -LOG_RATIO_BOUND, LOG_RATIO_BOUND
         )
-        i, j, weight, _ = pairs_in_groups(batch.group, (batch.loss_weight > 0).any(-1))
+        # a response without decisions has the ratio 1 and still takes part with its reward
+        i, j, weight, _ = pairs_in_groups(batch.group, (batch.weights > 0).any(-1) | ~batch.mask.any(-1))
         outcome = batch.outcome()
         gap = (outcome[i] - outcome[j]).to(x)
         loss = separate_clip_loss(x[i].exp(), x[j].exp(), gap, self.config.clip) if self.config.variant == "v1" \
