@@ -9,7 +9,7 @@ from polopt.engine.gradient import backward
 from polopt.functional.groups import Groups
 from polopt.functional.masked import masked_sum
 from polopt.methods.preference.copg import ContrastivePairs, contrastive_advantage, pair_objective
-from polopt.methods.preference.p3o import PairwiseProximal
+from polopt.methods.preference.p3o import PairwiseProximal, joint_clip_loss, separate_clip_loss
 from polopt.methods.preference.pairs import pairs_in_groups
 from polopt.miniature import SumModActor, SumModTask
 
@@ -165,3 +165,84 @@ def test_a_response_without_decisions_takes_part_in_pairs_with_its_reward(
     data.weights = data.loss_weight = data.mask.double()
     share = 1.0 if isinstance(surrogate, PairwiseProximal) else 2.0  # CoPG on policy is twice P3O
     assert_close(gradient(surrogate, data, data.old_logp), -share * data.mask.double())
+
+
+REWARD = torch.tensor([1.0, -0.5, 2.0, 0.3], dtype=torch.float64)
+OLD, REF = torch.randn(2, 4, generator=torch.Generator().manual_seed(7), dtype=torch.float64).log_softmax(-1)
+ACTIONS = torch.arange(4)
+
+
+def bandit() -> torch.Tensor:
+    """Logits of a policy over four actions."""
+    draws = torch.Generator().manual_seed(8)
+    return torch.randn(4, generator=draws, dtype=torch.float64).requires_grad_()
+
+
+def over_pairs(probs: torch.Tensor, of_pair: torch.Tensor) -> torch.Tensor:
+    """The expectation of a quantity of two actions [4 * 4] that are drawn independently."""
+    return (torch.outer(probs, probs).flatten().detach() * of_pair).sum()
+
+
+@pytest.mark.parametrize("variant", ["v1", "v2"])
+def test_p3o_without_clipping_has_the_policy_gradient_in_expectation_on_and_off_policy(variant: str) -> None:
+    logits = bandit()
+    logp = logits.log_softmax(-1)
+    first, second = torch.cartesian_prod(ACTIONS, ACTIONS).unbind(1)
+    gap = REWARD[first] - REWARD[second]
+    (expected,) = torch.autograd.grad(-(logp.exp() * REWARD).sum(), logits, retain_graph=True)
+    for old in (OLD, logp.detach()):
+        x = logp - old
+        one, two = x[first], x[second]
+        each = separate_clip_loss(one.exp(), two.exp(), gap, 1e9) if variant == "v1" \
+            else joint_clip_loss(one, two, gap, 1e9)  # fmt: skip
+        (found,) = torch.autograd.grad(over_pairs(old.exp(), each), logits, retain_graph=True)
+        assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    "surrogate", [PairwiseProximal(variant="v1"), PairwiseProximal(), ContrastivePairs()]
+)
+def test_swapping_the_responses_of_a_pair_changes_nothing(
+    surrogate: PairwiseProximal | ContrastivePairs,
+) -> None:
+    data, order = batch()[[0, 2]], torch.tensor([1, 0])
+    logp = moved(data, 0.3)
+    assert_close(gradient(surrogate, data[order], logp[order])[order], gradient(surrogate, data, logp))
+
+
+def test_copg_has_twice_the_policy_gradient_in_expectation() -> None:
+    logits, beta = bandit(), 0.3
+    rho = logits.log_softmax(-1) - REF
+    first, second = torch.cartesian_prod(ACTIONS, ACTIONS).unbind(1)
+    each = pair_objective(REWARD[first] - REWARD[second], rho[first] - rho[second], beta)
+    (found,) = torch.autograd.grad(over_pairs(logits.softmax(-1), each), logits, retain_graph=True)
+    (expected,) = torch.autograd.grad((logits.softmax(-1) * (REWARD - beta * rho)).sum(), logits)
+    assert_close(found, 2 * expected)
+
+
+def test_copg_without_its_baseline_would_not_rest_at_the_optimum_off_policy() -> None:
+    beta = 0.3
+    logits = (REF + REWARD / beta).requires_grad_()
+    logp = logits.log_softmax(-1)
+    log_z = (REF + REWARD / beta).logsumexp(-1)
+    regularized = (REWARD - beta * (logp - REF)).detach()
+    (score,) = torch.autograd.grad((OLD.exp() * logp).sum(), logits, retain_graph=True)
+    (unbaselined,) = torch.autograd.grad((OLD.exp() * regularized * logp).sum(), logits)
+    assert_close(unbaselined, beta * log_z * score)
+    assert unbaselined.abs().max() > 0.1
+
+
+def test_copg_loss_is_a_convex_parabola_with_its_floor_at_the_gap_that_the_rewards_ask_for() -> None:
+    beta, reward_gap, rho_gap = 0.3, torch.tensor(0.7).double(), torch.linspace(-5, 9, 50).double()
+    loss = -pair_objective(reward_gap.expand(50), rho_gap, beta)
+    assert_close(loss, beta / 2 * (rho_gap - reward_gap / beta).square() - reward_gap**2 / (2 * beta))
+
+
+def test_copg_is_invariant_to_a_shift_of_a_prompts_rewards() -> None:
+    data = batch()
+    logp, found = moved(data, 0.3), []
+    for shift in (0.0, 10.0):
+        moved_rewards = data.clone()
+        moved_rewards.rewards = data.rewards + (shift * data.group)[:, None]
+        found.append(gradient(ContrastivePairs(), moved_rewards, logp))
+    assert_close(found[0], found[1], atol=1e-12, rtol=0.0)

@@ -143,3 +143,10 @@ def test_loss_of_several_rewards_is_the_sum_of_their_losses(variant: Variant) ->
 def test_a_penalty_beside_the_label_changes_nothing() -> None:
     penalty = torch.tensor([0.0, -0.3, 0.0, -1.0, 0.0, -0.2], dtype=torch.float64)
     assert_close(surrogate_loss(torch.stack([LABELS, penalty], 1)), surrogate_loss(LABELS[:, None]))
+
+
+def test_large_tau_tends_to_the_on_policy_weights() -> None:
+    tau = 1e6
+    weights = loss_and_weights(logits(), tau=tau)[1]
+    on_policy = loss_and_weights(torch.zeros(6, dtype=torch.float64), tau=tau)[1]
+    assert_close(tau * weights, tau * on_policy, atol=1e-5, rtol=0.0)

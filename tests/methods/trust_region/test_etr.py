@@ -76,3 +76,21 @@ def test_etr_gives_rare_successes_the_wider_interval() -> None:
     micro = elastic_scale(size, torch.tensor(0.5), alpha, 0.0, 1e-6, 1e6)
     right, wrong = 1 + alpha * (((1 - p) / p) ** 0.5 - 1), 1 + alpha * ((p / (1 - p)) ** 0.5 - 1)
     assert_close(micro, torch.tensor([right, wrong, wrong, wrong], dtype=torch.float64))
+
+
+def test_etr_root_mean_square_of_the_sizes_that_its_scale_follows_is_one_in_every_mixed_group() -> None:
+    rewards = torch.tensor([1.0, 0, 0, 0, 1, 1, 0.3, 0.2])
+    group, alpha = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]), 0.5
+    size = group_standardized(rewards, group, 1e-300, unbiased=False).abs()
+    followed = (elastic_scale(size, torch.tensor(0.5), alpha, 0.0, 1e-6, 1e6) - 1) / alpha + 1
+    assert_close(followed.square().view(2, 4).mean(-1), torch.ones(2, dtype=torch.float64))
+
+
+def test_etr_clips_fewer_decisions_of_a_large_advantage_and_more_of_a_small_one_as_alpha_grows() -> None:
+    ratio = torch.linspace(1, 1.6, 61, dtype=torch.float64)
+    for size, order in ((1.5, 1), (0.5, -1)):
+        widths = [
+            elastic_scale(torch.tensor(size), torch.tensor(0.5), a, 0.0, 0.5, 2.0) for a in (0.0, 0.4, 0.8)
+        ]
+        clipped = [int((ratio > 1 + 0.2 * width).sum()) for width in widths]
+        assert clipped == sorted(clipped, reverse=order > 0) and len(set(clipped)) == 3

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from polopt.methods.trust_region.mhpo import modulate
+from polopt.batch import Evaluation
+from polopt.methods.trust_region.mhpo import ModulatedHazard, modulate
+from polopt.testing import random_batch
 
 DEFAULTS = {"c": 1.5, "k_pos": 1.5, "lambda_pos": 1.0, "k_neg": 2.0, "lambda_neg": 0.8}
 X = torch.linspace(-8, 8, 2001, dtype=torch.float64)
@@ -60,3 +62,21 @@ def test_mhpo_multiplier_with_the_default_hazard() -> None:
 def test_mhpo_symmetric_hazard_is_even() -> None:
     even = DEFAULTS | {"k_neg": 1.5, "lambda_neg": 1.0}
     assert_close(modulate(X, **even).zeta, modulate(-X, **even).zeta)
+
+
+def test_mhpo_is_linear_in_the_advantages_and_silent_without() -> None:
+    batch = random_batch(seed=0)
+    batch.weights = batch.mask.to(batch.old_logp)
+    surrogate = ModulatedHazard()
+    batch.loss_weight = surrogate.loss_weights(batch)
+    evaluation = Evaluation(batch.old_logp + 0.3).where(batch.mask)
+
+    def loss(advantages: torch.Tensor) -> torch.Tensor:
+        batch.advantages = advantages
+        return surrogate(evaluation, batch)
+
+    one, other = torch.randn(2, *batch.mask.shape, generator=torch.Generator().manual_seed(0)).to(
+        batch.old_logp
+    )
+    assert_close(loss(2 * one - 3 * other), 2 * loss(one) - 3 * loss(other))
+    assert loss(torch.zeros_like(one)) == 0

@@ -67,3 +67,14 @@ def test_r2vpo_dual_step_follows_the_violation_and_stays_non_negative() -> None:
     assert dual_step(multiplier, torch.tensor(0.1), 0.04, 0.5) > multiplier
     assert dual_step(multiplier, torch.tensor(0.04, dtype=torch.float64), 0.04, 0.5) == multiplier
     assert dual_step(multiplier, torch.tensor(0.0), 0.04, 0.5) == 0.0
+
+
+def test_ratios_inside_a_clip_have_a_variance_of_at_most_its_width_squared() -> None:
+    draws = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        mu = torch.randn(6, generator=draws, dtype=torch.float64).softmax(-1)
+        step = 2 * torch.rand(6, generator=draws, dtype=torch.float64) - 1
+        step = step - (mu * step).sum()
+        ratio = 1 + 0.2 * step / step.abs().max()
+        assert_close((mu * ratio).sum(), torch.ones((), dtype=torch.float64))
+        assert (mu * (ratio - 1).square()).sum() <= 0.2**2
