@@ -74,6 +74,13 @@ def test_zero_advantage_still_shifts_the_policy_with_adam_but_not_the_objective(
     assert (found.policy > 0).all() and not found.objective.any()
 
 
+def test_while_no_row_has_moments_the_step_is_the_gradient_whatever_the_counter() -> None:
+    state = adam_state()
+    none = Moments(torch.full_like(state.place, -1), state.first[:0], state.second[:0], 3)
+    found, sgd = (predicted_shifts(**tokens(), lr=LR, moments=moments) for moments in (none, None))
+    assert torch.equal(found.policy, sgd.policy) and torch.equal(found.objective, sgd.objective)
+
+
 @pytest.mark.parametrize("moments", [None, adam_state()], ids=["sgd", "adam"])
 def test_policy_shift_is_not_negative(moments: Moments | None) -> None:
     assert (predicted_shifts(**tokens(), lr=LR, moments=moments).policy >= 0).all()

@@ -101,7 +101,7 @@ def predicted_shifts(
     moments: Moments | None = None,
     adam: AdamConstants = ADAM,
 ) -> Shifts:
-    """Equations (1) to (5); SGD's step if `moments` is None or empty.
+    """Equations (1) to (5); SGD's step if `moments` is None or no row has any.
 
     Args:
         features: input of the last layer at each token.
@@ -115,7 +115,7 @@ def predicted_shifts(
     """
     v, pi = score(logits, rows, action)
     scale = advantages[:, None] * v
-    if moments is None or not moments.steps:
+    if moments is None or not len(moments.first):
         square = features.square().sum(-1, keepdim=True)
         u, inner = scale * square, scale.square().sum(-1) * square[:, 0]
     else:
