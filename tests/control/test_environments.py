@@ -24,6 +24,7 @@ from polopt.control.environments.bandit import (
 )
 from polopt.control.environments.chain import chain_model
 from polopt.control.environments.lqr import lqr_return, optimal_return, true_gradient
+from polopt.control.environments.mountain_car import MountainCar, gaussian_features
 from polopt.control.environments.random_walk import random_walk_return
 from polopt.control.environments.random_walk import true_gradient as random_walk_gradient
 from polopt.control.environments.reward_hacking import ring_models, ring_reference, ring_statistics
@@ -312,6 +313,90 @@ def test_ship_passes_the_gate_and_only_the_gate() -> None:
     assert state["turning"][0] == 0.0
     ship.move(state, np.ones((1, 1)), np.zeros((1, 4)))
     assert state["turning"][0] == pytest.approx(0.2 * 15 / 5)
+
+
+def test_mountain_car_moves_by_its_equations_and_stops_at_the_ends() -> None:
+    car = MountainCar("valley")
+    state = car.start(np.zeros((2, 2)))
+    found = car.move(state, np.array([0, 1]), np.zeros((2, 0)))
+    pull = 0.0025 * np.cos(-1.5)
+    np.testing.assert_allclose(state["velocity"], [-0.001 - pull, 0.001 - pull], rtol=1e-12)
+    np.testing.assert_allclose(state["position"], -0.5 + state["velocity"], rtol=1e-12)
+    assert found.reward.tolist() == [-1.0, -1.0] and not found.terminated.any()
+    state = {"position": np.array([-1.19, 0.44]), "velocity": np.array([-0.07, 0.07])}
+    found = car.move(state, np.array([0, 1]), np.zeros((2, 0)))
+    assert state["position"].tolist() == [-1.2, 0.5] and state["velocity"][0] == 0
+    assert found.terminated.tolist() == [False, True]
+    np.testing.assert_allclose(car.observe(state)[:, 0], [0, 1])
+
+
+def test_mountain_car_moves_as_gymnasiums_does_between_the_ends() -> None:
+    ours: Any = gymnasium.make("polopt/MountainCar-v0", start="valley").unwrapped
+    theirs: Any = gymnasium.make("MountainCar-v0").unwrapped
+    seen, _ = ours.reset(seed=0)
+    theirs.reset(seed=0)
+    theirs.state = np.array([-0.5, 0.0])
+    over, steps = False, 0
+    while not over:
+        action = int(seen[1] > 0.5)  # the way it moves already: swings up
+        seen, _, over, cut, _ = ours.step(action)
+        position, velocity = theirs.step(2 * action)[0]
+        np.testing.assert_allclose(
+            seen, [(min(position, 0.5) + 1.2) / 1.7, (velocity / 0.07 + 1) / 2], atol=1e-5
+        )
+        steps += 1
+    assert not cut and 100 < steps < 200
+
+
+def test_mountain_car_cannot_climb_at_once_and_is_cut() -> None:
+    env = gymnasium.make("polopt/MountainCar-v0", start="valley")
+    env.reset(seed=0)
+    ends = [env.step(1)[2:4] for _ in range(200)]
+    assert ends[-1] == (False, True) and not any(over or cut for over, cut in ends[:-1])
+    with pytest.raises(ConfigError, match="start = 'top'"):
+        gymnasium.make("polopt/MountainCar-v0", start="top")
+
+
+def test_mountain_car_features_peak_at_the_midpoints_of_the_cells() -> None:
+    points = np.array([[0.125, 0.125], [0.125, 0.375], [0.875, 0.875]])
+    features = gaussian_features(points)
+    assert features.shape == (3, 16) and features.argmax(1).tolist() == [0, 1, 15]
+    np.testing.assert_allclose(features.max(1), 1.0)
+    np.testing.assert_allclose(features[0, 1], np.exp(-(0.25**2) / (2 * 0.325**2)))
+
+
+@given(data=st.data())
+@settings(max_examples=10, deadline=None)
+def test_gains_of_the_point_add_up_to_the_ground_covered(data: st.DataObject) -> None:
+    pushes = data.draw(st.lists(st.tuples(st.floats(-1, 1), st.floats(-1, 1)), min_size=20, max_size=20))
+    env: Any = gymnasium.make("polopt/PointCoverage-v0", horizon=20).unwrapped
+    env.reset(seed=data.draw(st.integers(0, 9)))
+    places, rewards, info = [env._episodes.state["position"][0].copy()], [], {}
+    for push in pushes:
+        _, reward, _, _, info = env.step(np.array(push, dtype=np.float32))
+        places.append(env._episodes.state["position"][0].copy())
+        rewards.append(reward)
+    values = env.problem.function.prefix_values(torch.from_numpy(np.array(places))[None])[0]
+    assert min(rewards) >= 0 and values[0] == 2.5
+    assert sum(rewards) == pytest.approx(float(values[-1] - values[0]), abs=1e-9)
+    assert info["objective"] == pytest.approx(float(values[-1]), abs=1e-9)
+
+
+def test_rewards_of_the_point_at_rest_and_its_way_out() -> None:
+    paid = {}
+    for reward in ("marginal", "modular", "cumulative"):
+        env = gymnasium.make("polopt/PointCoverage-v0", reward=reward)
+        env.reset(seed=0)
+        paid[reward] = [env.step(np.zeros(2, dtype=np.float32))[1] for _ in range(3)]
+    assert paid == {"marginal": [0.0] * 3, "modular": [2.5] * 3, "cumulative": [2.5] * 3}
+    env, over, steps = gymnasium.make("polopt/PointCoverage-v0"), False, 0
+    env.reset(seed=0)
+    while not over:
+        seen, _, over, cut, _ = env.step(np.array([1.0, 0.0], dtype=np.float32))
+        steps += 1
+    assert not cut and seen[0] > 1 and 20 / 0.6 < steps < 45
+    with pytest.raises(ConfigError, match="reward = 'sum'"):
+        gymnasium.make("polopt/PointCoverage-v0", reward="sum")
 
 
 def test_tomatoes_look_watered_from_the_sprinkler_only() -> None:

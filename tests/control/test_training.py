@@ -24,6 +24,7 @@ METHODS = [
     "mdpo",
     "orpo-chi2",
     "bac",
+    "subpo-gae",
 ]
 
 
@@ -74,6 +75,25 @@ def test_replay_restores_an_interrupt_at_any_iteration(tmp_path: Path) -> None:
     for mine, other in zip(weights(second), weights(whole), strict=True):
         assert torch.equal(mine, other)
     for run in (whole, first, second):
+        close(run)
+
+
+def test_subpo_with_a_critic_is_subpo_with_another_advantage_and_the_loss_of_its_critic() -> None:
+    written = {
+        "method": "subpo",
+        "advantage": "gae:gamma=0.99,whiten=false",
+        "regularizers": ["value:coef=1"],
+    }
+    runs = [
+        trainer(task="polopt/PointCoverage-v0", task_options={"horizon": 12}, **slots)
+        for slots in ({"method": "subpo-gae"}, written)
+    ]
+    for run in runs:
+        run.iterate()
+        assert "old_value" in run.method.requires and run.actor.horizon == 24
+    for mine, other in zip(*map(weights, runs), strict=True):
+        assert torch.equal(mine, other)
+    for run in runs:
         close(run)
 
 

@@ -18,6 +18,8 @@ ENVIRONMENTS = {
     "Chain-v0": "chain:Chain",
     "Point-v0": "point:Point",
     "ShipSteering-v0": "ship_steering:ShipSteering",
+    "MountainCar-v0": "mountain_car:MountainCar",
+    "PointCoverage-v0": "point_coverage:PointCoverage",
     "CoverageGrid-v0": "submodular:CoverageGrid",
     "TwoRooms-v0": "submodular:TwoRooms",
     "ExperimentDesign-v0": "submodular:ExperimentDesign",

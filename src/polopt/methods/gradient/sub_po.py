@@ -20,8 +20,10 @@ weighs a decision by the value of the path so far, :math:`F(\tau_{0:i+1})`, inst
 
 Gains are the environment's step rewards, a method sees no states: `polopt/CoverageGrid-v0`, `polopt/ExperimentDesign-v0`
 and others give them, or with `reward="modular"` the reward that counts every visit, for comparison. Set functions are in
-`polopt.functional.submodular`. With a modular F this is REINFORCE. Any other estimator works on the gains:
-`advantage="gae:gamma=0.99"` is the authors' choice for continuous tasks (report F then, not the discounted sum).
+`polopt.functional.submodular`. With a modular F this is REINFORCE. Any other estimator works on the gains. The authors'
+choice for continuous tasks is a critic with generalised advantages, the recipe `subpo-gae` for control, for example on
+`polopt/PointCoverage-v0` (report F then, not the discounted sum); it is `subpo` with `--advantage gae:gamma=0.99,whiten=false
+--regularizer value:coef=1`.
 
 Slots: advantage `subpo` (2), surrogate `reinforce` (3), regularizer `fading_entropy` (optional).
 
@@ -43,6 +45,7 @@ from polopt.batch import Batch, Evaluation
 from polopt.functional.masked import zero_outside
 from polopt.functional.returns import discounted_sums, outcome_at_last
 from polopt.method import Advantage, Method, Regularizer
+from polopt.methods.classics.ppo import GAE, ValueLoss
 from polopt.methods.classics.reinforce import ScoreFunction
 from polopt.registry import register, register_recipe
 from polopt.settings import Settings
@@ -126,3 +129,14 @@ class FadingEntropy(Regularizer):
 def subpo() -> Method:
     """SubPO: exact gains to go with step means as baseline, one update per rollout."""
     return Method(advantage=GainsToGo(), surrogate=ScoreFunction(aggregation="sequence_mean_token_sum"))
+
+
+@register_recipe("subpo-gae", domain="control")
+def subpo_gae() -> Method:
+    """SubPO with a critic, for continuous tasks: generalised advantages of the gains, one update per rollout."""
+    return Method(
+        advantage=GAE(gamma=0.99, whiten=False),
+        surrogate=ScoreFunction(aggregation="sequence_mean_token_sum"),
+        regularizers=[ValueLoss(coef=1.0)],
+        defaults={"prompts": 15, "rollouts": 1},
+    )
