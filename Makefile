@@ -61,7 +61,7 @@ bench: $(TEST_STAMP) $(ORACLE_STAMP)
 		'from polopt.language.model import smollm2_directory; print(smollm2_directory())')"
 	$(PY) benchmarks/estimators.py --verl-python $(ORACLE_VENV)/bin/python
 	$(PY) benchmarks/selection.py
-	$(PY) benchmarks/control.py
+	$(PY) benchmarks/control/compare.py
 
 oracle: $(ORACLE_STAMP)
 	$(ORACLE_VENV)/bin/python -m pytest -m oracle tests

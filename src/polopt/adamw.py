@@ -1,7 +1,7 @@
 """AdamW for small networks, where a step's bookkeeping takes longer than its arithmetic."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -41,6 +41,7 @@ class AdamW(torch.optim.AdamW):
             trained = [p for p in group["params"] if p.grad is not None]
             for moments in self._of(number, group, trained):
                 moments.step.add_(1)
+                gradients = [cast(Tensor, p.grad) for p in moments.parameters]
                 beta1, beta2 = group["betas"]
                 gradients: list[Any] = [p.grad for p in moments.parameters]
                 torch._fused_adamw_(

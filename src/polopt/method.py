@@ -244,7 +244,7 @@ class Regularizer(Part):
 
     def forward(self, evaluation: Evaluation, batch: Batch) -> Float[Tensor, ""]:
         """The penalty of a minibatch, to be added to the loss."""
-        return self.config.coef * (batch.loss_weight * self.decision_penalty(evaluation, batch)).sum()
+        return (self.config.coef * batch.loss_weight * self.decision_penalty(evaluation, batch)).sum()
 
 
 class Optimizer(Part):

@@ -153,7 +153,8 @@ class Gaussian(ActionDistribution):
     def logp(self, outputs: Tensor, action: Tensor) -> Tensor:
         mean, log_std = outputs.chunk(2, -1)
         scaled = (action - mean) * (-log_std).exp()
-        return -(0.5 * scaled.square() + log_std).sum(-1) - 0.5 * math.log(2 * math.pi) * self.width
+        spread = torch.addcmul(log_std, scaled, scaled, value=0.5)
+        return -0.5 * math.log(2 * math.pi) * self.width - spread.sum(-1)
 
     def entropy(self, outputs: Tensor) -> Tensor:
         return outputs[..., self.width :].sum(-1) + 0.5 * math.log(2 * math.pi * math.e) * self.width

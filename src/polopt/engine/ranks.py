@@ -183,7 +183,9 @@ class Ranks:
         if not gradients:
             return torch.zeros(())
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        coefficient = max_norm / (float(norm) + 1e-6)
+        if coefficient < 1:
+            torch._foreach_mul_(gradients, coefficient)
         return norm
 
     def broadcast_parameters(self, module: nn.Module) -> None:

@@ -1,0 +1,98 @@
+"""polopt's PPO beside Stable-Baselines3's and a plain loop's: same hyperparameters, environments, steps; speed and return.
+
+    python benchmarks/control/compare.py --out benchmarks/results/control.json
+
+All train the same seed at the same time, one process and one thread each, so that whatever else the machine does meets
+them alike. Speed is environment steps per CPU second of training; the bound is that of polopt's environments stepped with
+random actions, if learning cost nothing. The return is that of 16 episodes by the policy's mode after training;
+interquartile means over the seeds with 95 % bootstrap intervals.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from settings import SETTINGS, TASKS
+
+from polopt.report.statistics import bootstrap
+
+LIBRARIES = ("polopt", "stable_baselines3", "single_file")
+Run = dict[str, dict[str, float]]
+
+
+def side_by_side(env: str, seed: int, steps: int) -> Run:
+    """All libraries at the same time."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    here = Path(__file__).parent
+    started = {
+        library: subprocess.Popen(
+            [sys.executable, here / f"worker_{library}.py", env, str(seed), str(steps)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environment,
+        )
+        for library in LIBRARIES
+    }
+    found = {}
+    for library, process in started.items():
+        output, _ = process.communicate()
+        if process.returncode:
+            raise RuntimeError(f"{library} on {env}: ended with status {process.returncode}")
+        found[library] = json.loads(output.strip().splitlines()[-1])
+    return found
+
+
+def summarize(runs: list[Run]) -> dict[str, Any]:
+    """Medians of speeds, their ratios and shares, interquartile means of the returns."""
+    summary: dict[str, Any] = {}
+    for library in LIBRARIES:
+        interval = bootstrap([np.array([run[library]["return"] for run in runs])])
+        summary[library] = {
+            "steps_per_second": median(runs, lambda run, own=library: run[own]["steps_per_second"]),
+            "return": [interval.mean, interval.low, interval.high],
+        }
+        if library != "polopt":
+            summary[f"polopt / {library}"] = median(runs, lambda run, other=library: ratio(run, other))
+    for name in ("stepping_share", "acting_share", "update_share", "bound"):
+        summary[name] = median(runs, lambda run, name=name: run["polopt"][name])
+    return summary
+
+
+def ratio(run: Run, other: str) -> float:
+    """polopt's speed over another's."""
+    return run["polopt"]["steps_per_second"] / run[other]["steps_per_second"]
+
+
+def median(runs: list[Run], number: Any) -> float:
+    """Of a number of each run."""
+    return float(np.median([number(run) for run in runs]))
+
+
+def main() -> None:
+    """Run them and print what they give."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=40_960, help="environment steps of a run")
+    parser.add_argument("--env", choices=list(TASKS), action="append")
+    parser.add_argument("--out", type=Path, help="where the results go, JSON")
+    options = parser.parse_args()
+    results: dict[str, Any] = {"machine": f"{os.cpu_count()} cores, {platform.machine()}", **SETTINGS}
+    results |= {"steps": options.steps, "seeds": options.seeds}
+    for env in options.env or TASKS:
+        runs = [side_by_side(env, seed, options.steps) for seed in range(options.seeds)]
+        results[env] = summarize(runs) | {"runs": runs}
+        print(env, json.dumps({k: v for k, v in results[env].items() if k != "runs"}), flush=True)
+        if options.out:
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
