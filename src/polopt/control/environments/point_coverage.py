@@ -82,7 +82,7 @@ class PointCoverage(Problem):
         paid = {"marginal": gain, "cumulative": state["value"].copy()}.get(self.reward)
         if paid is None:
             paid = self.function.add(self.function.memory(len(place)), place).numpy()
-        left = (np.abs(state["position"]) > FIELD).any(-1)
+        left = np.asarray((np.abs(state["position"]) > FIELD).any(-1))
         return Outcome(paid, left, {"objective": state["value"].copy(), "gain": gain})
 
 
