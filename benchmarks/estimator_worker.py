@@ -49,7 +49,8 @@ def backward(loss: Callable[[Tensor], Tensor], logp: Tensor) -> Tensor:
 def polopt_tasks(given: dict[str, Tensor]) -> Iterator[tuple[str, Task]]:
     """Every advantage estimator and every surrogate that is registered, on a batch with all they may require."""
     from polopt.functional.masked import given_to_decisions, zero_outside
-    from polopt.method import AdvantageTransform, Method
+    from polopt.method import Method
+    from polopt.parts import AdvantageTransform
     from polopt.registry import parts, recipe, recipes
     from polopt.testing.subject import draws
 
@@ -96,7 +97,7 @@ def polopt_tasks(given: dict[str, Tensor]) -> Iterator[tuple[str, Task]]:
 
 def parts_default() -> Any:
     """The selection that keeps everything."""
-    from polopt.method import Selection
+    from polopt.parts import Selection
 
     return Selection()
 

@@ -12,8 +12,9 @@ from torch import Tensor
 import polopt
 from polopt.batch import Batch, Evaluation
 from polopt.functional.ratio import log_ratio
-from polopt.method import Method, Surrogate
+from polopt.method import Method
 from polopt.methods.classics.grpo import GroupStandardized
+from polopt.parts import Surrogate
 
 
 def soft_trust_loss(

@@ -29,7 +29,7 @@ def specs(slot: str, transforms: bool | None = None) -> list[str]:
         found = {
             name: part
             for name, part in found.items()
-            if issubclass(part, polopt.method.AdvantageTransform) is transforms
+            if issubclass(part, polopt.parts.AdvantageTransform) is transforms
         }
     return [OPTIONS.get(name, name) for name in found]
 
@@ -100,6 +100,6 @@ def test_any_combination_trains_or_says_what_it_needs(
 
 
 def test_every_part_can_be_made_for_the_combinations() -> None:
-    for slot in polopt.method.SLOTS:
+    for slot in polopt.parts.SLOTS:
         for spec in specs(slot):
             assert make_part(slot, spec).slot == slot

@@ -305,7 +305,7 @@ def test_refusal_of_a_real_process_is_one_line_and_code_2() -> None:
 
 
 def test_catalog_agrees_with_the_registry() -> None:
-    from polopt.method import SLOTS
+    from polopt.parts import SLOTS
     from polopt.registry import parts, recipes
 
     def bounds(field: Any) -> list[Any]:

@@ -11,13 +11,17 @@ import polopt
 from polopt.batch import Batch, Evaluation
 from polopt.engine.seeding import generator
 from polopt.errors import ConfigError
-from polopt.method import (
+from polopt.method import Method
+from polopt.methods.classics.entropy import EntropyBonus
+from polopt.methods.classics.kl import KLPenalty, KLReward
+from polopt.methods.classics.ppo import GAE, PPOClip, ValueLoss
+from polopt.methods.classics.reinforce import ScoreFunction
+from polopt.parts import (
     SLOTS,
     Advantage,
     AdvantageTransform,
     Budget,
     Draw,
-    Method,
     Optimizer,
     Regularizer,
     Sampler,
@@ -25,10 +29,6 @@ from polopt.method import (
     Shaping,
     Surrogate,
 )
-from polopt.methods.classics.entropy import EntropyBonus
-from polopt.methods.classics.kl import KLPenalty, KLReward
-from polopt.methods.classics.ppo import GAE, PPOClip, ValueLoss
-from polopt.methods.classics.reinforce import ScoreFunction
 from polopt.testing import random_batch
 from polopt.testing.subject import Subject, draws, prepared
 

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from polopt.method import SLOTS
+from polopt.parts import SLOTS
 from polopt.registry import recipe, recipes
 
 TOOLS = Path(__file__).parents[1] / "tools"

@@ -10,10 +10,11 @@ import pytest
 import polopt
 from polopt import registry
 from polopt.errors import ConfigError
-from polopt.method import SLOTS, Method, Optimizer, Sampler, Shaping
+from polopt.method import Method
 from polopt.methods.classics.grpo import GroupStandardized
 from polopt.methods.classics.kl import KLPenalty
 from polopt.methods.classics.ppo import PPOClip
+from polopt.parts import SLOTS, Optimizer, Sampler, Shaping
 from polopt.registry import make_part, make_parts, recipe, register, register_recipe
 from polopt.settings import Settings, nearest
 

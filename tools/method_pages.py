@@ -17,7 +17,8 @@ from mkdocs.structure.files import File, Files
 from docs import equations_in_markdown  # pyright: ignore[reportAttributeAccessIssue]
 from polopt.cli.domains import DOMAINS
 from polopt.errors import ConfigError
-from polopt.method import MANY, SLOTS, AdvantageTransform, Method, Part
+from polopt.method import Method
+from polopt.parts import MANY, SLOTS, AdvantageTransform, Part
 from polopt.registry import parts, recipe, recipe_domains, recipes
 
 PACKAGE = "polopt.methods."

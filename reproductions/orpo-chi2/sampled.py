@@ -14,9 +14,10 @@ from torch.nn.functional import one_hot
 import polopt
 from polopt.batch import Batch, Evaluation
 from polopt.domain import Plan, Rollout
-from polopt.method import Draw, Method, Regularizer, Shaping
+from polopt.method import Method
 from polopt.methods.classics.ppo import GAE, PPOClip, ValueLoss
 from polopt.methods.preference.orpo_chi2 import ActionDivergence, ActionSqrtChi2, OccupancyPenalty
+from polopt.parts import Draw, Regularizer, Shaping
 
 EPISODES, HORIZON, ITERATIONS, LAST = 24, 100, 60, 10
 

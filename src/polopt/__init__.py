@@ -3,7 +3,7 @@
     method = polopt.recipe("grpo", advantage=polopt.advantages.GroupStandardized(), surrogate="gspo")
     polopt.Trainer(actor, task, method, polopt.TrainerConfig(iterations=200)).run()
 
-Read `batch.py`, `method.py` and `trainer.py` first. Names are imported when they are used.
+Read `batch.py`, `parts.py`, `method.py` and `trainer.py` first. Names are imported when they are used.
 """
 
 import importlib
@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from polopt.batch import Batch, Evaluation
-    from polopt.method import Method, Part
+    from polopt.method import Method
+    from polopt.parts import Part
     from polopt.registry import make_part, recipe, recipes, register, register_recipe
     from polopt.trainer import Trainer, TrainerConfig
 
 __version__ = "0.1.0"
 
 _WHERE = {
-    "Batch": "batch", "Evaluation": "batch", "Method": "method", "Part": "method", "recipe": "registry",
+    "Batch": "batch", "Evaluation": "batch", "Method": "method", "Part": "parts", "recipe": "registry",
     "recipes": "registry", "register": "registry", "register_recipe": "registry", "make_part": "registry",
     "Trainer": "trainer", "TrainerConfig": "trainer",
 }  # fmt: skip

@@ -17,7 +17,8 @@ from functools import cache
 from typing import Any, TypeVar
 
 from polopt.errors import ConfigError
-from polopt.method import MANY, SLOTS, Method, Part
+from polopt.method import Method
+from polopt.parts import MANY, SLOTS, Part
 from polopt.settings import nearest, parse_options
 
 WITH_DEFAULT = ("sampler", "budget", "selection", "optimizer")

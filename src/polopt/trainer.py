@@ -37,7 +37,8 @@ from polopt.engine.requirements import check_off_policy, check_requirements
 from polopt.engine.scores import SCORES, check_scores, score_vectors
 from polopt.engine.seeding import generator
 from polopt.errors import ConfigError
-from polopt.method import Draw, Method
+from polopt.method import Method
+from polopt.parts import Draw
 from polopt.trainer_config import TrainerConfig
 
 

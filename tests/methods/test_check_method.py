@@ -13,9 +13,10 @@ from polopt.errors import ConfigError
 from polopt.functional.groups import Groups
 from polopt.functional.masked import masked_sum
 from polopt.functional.ratio import log_ratio
-from polopt.method import SLOTS, Advantage, Budget, Draw, Method, Part, Selection, Shaping
+from polopt.method import Method
 from polopt.methods.classics.grpo import GroupStandardized
 from polopt.methods.classics.ppo import PPOClip
+from polopt.parts import SLOTS, Advantage, Budget, Draw, Part, Selection, Shaping
 from polopt.testing import check_method
 
 WITH_OPTIONS: dict[str, dict[str, Any]] = {

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from polopt.batch import Batch
-from polopt.method import Method, Regularizer, Surrogate
+from polopt.method import Method
 from polopt.methods.classics.dr_grpo import GroupCentred
+from polopt.parts import Regularizer, Surrogate
 from polopt.testing import TinyActor, random_batch
 from polopt.testing.compare import fill_outside
 from polopt.testing.subject import Subject, prepared

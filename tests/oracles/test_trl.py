@@ -23,7 +23,6 @@ from torch.testing import assert_close
 
 from benchmarks.trl_stand_in import StandIn
 from polopt.batch import Batch
-from polopt.method import Advantage
 from polopt.methods.advantage.gdpo import DecoupledNormalized
 from polopt.methods.classics.cispo import ClippedWeight
 from polopt.methods.classics.dr_grpo import GroupCentred
@@ -34,6 +33,7 @@ from polopt.methods.classics.kl import KLPenalty, KLReward
 from polopt.methods.classics.ppo import PPOClip
 from polopt.methods.classics.reinforce import ScoreFunction
 from polopt.methods.classics.rloo import LeaveOneOut
+from polopt.parts import Advantage
 from polopt.testing.subject import draws
 from tests.oracles.common import LIMITS, SEEDS, evaluate, other_library, our_loss, ragged_batch
 

@@ -26,13 +26,13 @@ from polopt.functional.aggregation import aggregation_weights
 from polopt.functional.divergence import kl_estimate
 from polopt.functional.masked import standardize
 from polopt.functional.returns import outcome_at_last
-from polopt.method import Advantage
 from polopt.methods.classics.cispo import ClippedWeight
 from polopt.methods.classics.dr_grpo import GroupCentred
 from polopt.methods.classics.grpo import GroupStandardized
 from polopt.methods.classics.gspo import SequenceClip
 from polopt.methods.classics.ppo import GAE, PPOClip, clipped_value_loss
 from polopt.methods.classics.rloo import LeaveOneOut
+from polopt.parts import Advantage
 from tests.oracles.common import LIMITS, SEEDS, evaluate, other_library, our_loss, ragged_batch
 
 core_algos = other_library("verl.trainer.ppo.core_algos")

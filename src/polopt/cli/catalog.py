@@ -61,7 +61,7 @@ class Catalog:
 
     def __init__(self) -> None:
         paths = [
-            PACKAGE / "method.py",
+            PACKAGE / "parts.py",
             *(PACKAGE / "functional").glob("*.py"),
             *(PACKAGE / "methods").rglob("*.py"),
         ]

@@ -52,7 +52,7 @@ def describe_methods() -> dict[str, Any]:
         `recipes`: name, title, arxiv, summary, `slots` (names of the parts) and `defaults` (fields of the trainer).
         `slots`: by slot the parts: name, summary, options, requires, provides, domains, reconstructed.
     """
-    from polopt.method import SLOTS
+    from polopt.parts import SLOTS
     from polopt.registry import parts, recipes
 
     bases = {slot: {"default": base} if slot in WITH_DEFAULT else {} for slot, base in SLOTS.items()}
@@ -77,7 +77,7 @@ def _write(found: Any) -> int:
 
 
 def _describe_recipe(name: str, recipe: Any) -> dict[str, Any]:
-    from polopt.method import SLOTS
+    from polopt.parts import SLOTS
 
     method = recipe()
     title = (sys.modules[recipe.__module__].__doc__ or name).strip().partition("\n")[0].rstrip(".")

@@ -12,7 +12,7 @@ from polopt.functional.divergence import kl_estimate
 from polopt.functional.groups import Groups
 from polopt.functional.masked import masked_mean
 from polopt.functional.ratio import log_ratio
-from polopt.method import Surrogate
+from polopt.parts import Surrogate
 
 Metrics = dict[str, float]
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from polopt import registry
 from polopt.errors import PoloptError
-from polopt.method import MANY, AdvantageTransform, Method, Part
+from polopt.method import Method
+from polopt.parts import MANY, AdvantageTransform, Part
 from polopt.testing import laws_of_invariance, laws_of_state, laws_of_values  # noqa: F401 (they fill LAWS)
 from polopt.testing.laws import LAWS, Law
 from polopt.testing.subject import Subject

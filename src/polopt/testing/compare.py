@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from polopt.batch import Batch, Evaluation
-from polopt.method import Part
+from polopt.parts import Part
 from polopt.testing.data import outside
 
 Tensors = dict[str, Tensor]

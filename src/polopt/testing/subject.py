@@ -10,7 +10,8 @@ from torch import Tensor
 from polopt.batch import Batch, Evaluation
 from polopt.engine.gradient import DIFFERENTIABLE
 from polopt.engine.seeding import generator
-from polopt.method import Draw, Method
+from polopt.method import Method
+from polopt.parts import Draw
 from polopt.testing.data import TinyActor, random_batch
 
 POOL, PROMPTS, ROLLOUTS = 40, 4, 16

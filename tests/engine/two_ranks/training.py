@@ -9,10 +9,11 @@ from torch import Tensor
 from polopt.batch import Batch, Evaluation
 from polopt.engine.ranks import Ranks
 from polopt.functional.ratio import log_ratio
-from polopt.method import Method, Surrogate
+from polopt.method import Method
 from polopt.methods.classics.grpo import GroupStandardized
 from polopt.methods.classics.ppo import ppo
 from polopt.miniature import SumModActor, SumModTask
+from polopt.parts import Surrogate
 from polopt.trainer import Trainer, TrainerConfig
 from tests.engine.test_gradient import assert_same
 

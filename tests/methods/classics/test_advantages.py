@@ -10,7 +10,6 @@ from torch.testing import assert_close
 from polopt import make_part, recipe
 from polopt.batch import Batch
 from polopt.functional.returns import rewards_to_go
-from polopt.method import Advantage
 from polopt.methods.classics.dapo import (
     DynamicSampling,
     OverlongPunishment,
@@ -23,6 +22,7 @@ from polopt.methods.classics.kl import KLReward
 from polopt.methods.classics.ppo import GAE
 from polopt.methods.classics.reinforce import RewardBaseline
 from polopt.methods.classics.rloo import LeaveOneOut, leave_one_out
+from polopt.parts import Advantage
 from polopt.testing import batches, random_batch
 from polopt.testing.subject import draws
 

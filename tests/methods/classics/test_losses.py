@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from polopt import make_part, recipe
 from polopt.batch import Batch, Evaluation
 from polopt.errors import ConfigError
-from polopt.method import Method, Surrogate
+from polopt.method import Method
 from polopt.methods.classics.cispo import ClippedWeight
 from polopt.methods.classics.entropy import EntropyBonus
 from polopt.methods.classics.grpo import GroupStandardized
@@ -20,6 +20,7 @@ from polopt.methods.classics.gspo import SequenceClip
 from polopt.methods.classics.kl import KLPenalty
 from polopt.methods.classics.ppo import PPOClip, ValueLoss, clipped_value_loss
 from polopt.methods.classics.reinforce import ScoreFunction
+from polopt.parts import Surrogate
 from polopt.testing import batches, random_batch
 from polopt.testing.subject import Step, Subject, prepared
 

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from polopt.batch import Batch, Evaluation
-from polopt.method import Part
 from polopt.methods.classics.ppo import ValueLoss
 from polopt.methods.trust_region.bpo import CriticBoundedRatio, MedianLoss, bounded_ratio_optimum
 from polopt.methods.trust_region.gbpo import BoundedRatio, MeanAndMedian
+from polopt.parts import Part
 from tests.vectors.adapters.common import (
     AGGREGATIONS,
     Values,

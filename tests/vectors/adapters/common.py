@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from polopt.batch import Batch, Evaluation
-from polopt.method import Part, Surrogate
+from polopt.parts import Part, Surrogate
 
 Values = dict[str, Any]
 AGGREGATIONS = {

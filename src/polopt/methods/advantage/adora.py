@@ -36,10 +36,11 @@ from torch import Tensor
 
 from polopt.batch import Batch
 from polopt.functional.groups import Groups
-from polopt.method import AdvantageTransform, Method
+from polopt.method import Method
 from polopt.methods.classics.grpo import GroupStandardized
 from polopt.methods.classics.kl import KLPenalty
 from polopt.methods.classics.ppo import PPOClip
+from polopt.parts import AdvantageTransform
 from polopt.registry import register, register_recipe
 from polopt.settings import Settings
 

@@ -43,9 +43,10 @@ from polopt.batch import Batch, Evaluation
 from polopt.functional.aggregation import Aggregation
 from polopt.functional.groups import Groups
 from polopt.functional.ratio import clipped_surrogate, dual_clipped, log_ratio
-from polopt.method import Advantage, Method
+from polopt.method import Method
 from polopt.methods.classics.grpo import group_standardized
 from polopt.methods.classics.ppo import PPOClip
+from polopt.parts import Advantage
 from polopt.registry import register, register_recipe
 from polopt.settings import Settings
 

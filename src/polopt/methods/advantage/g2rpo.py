@@ -43,8 +43,9 @@ from torch import Tensor
 from polopt.batch import Batch, Evaluation
 from polopt.functional.groups import Groups
 from polopt.functional.masked import zero_outside
-from polopt.method import Advantage, Draw, Method, Regularizer, Sampler, Shaping
+from polopt.method import Method
 from polopt.methods.classics.ppo import PPOClip
+from polopt.parts import Advantage, Draw, Regularizer, Sampler, Shaping
 from polopt.registry import register, register_recipe
 from polopt.settings import Settings
 

@@ -46,8 +46,9 @@ from polopt.batch import Batch
 from polopt.errors import ConfigError
 from polopt.functional.groups import Groups
 from polopt.functional.masked import zero_outside
-from polopt.method import Advantage, Draw, Method, Shaping
+from polopt.method import Method
 from polopt.methods.classics.ppo import PPOClip
+from polopt.parts import Advantage, Draw, Shaping
 from polopt.registry import register, register_recipe
 from polopt.settings import Settings
 

@@ -40,8 +40,9 @@ from torch import Tensor
 from polopt.batch import Batch
 from polopt.functional.groups import Groups
 from polopt.functional.masked import masked_sum
-from polopt.method import Advantage, Method, Optimizer
+from polopt.method import Method
 from polopt.methods.classics.reinforce import ScoreFunction
+from polopt.parts import Advantage, Optimizer
 from polopt.registry import register, register_recipe
 from polopt.settings import Settings
 

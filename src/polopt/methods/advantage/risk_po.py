@@ -44,7 +44,8 @@ from polopt.batch import Batch, Evaluation
 from polopt.functional.aggregation import aggregation_weights
 from polopt.functional.groups import Groups
 from polopt.functional.ratio import clipped_surrogate, sequence_log_ratio
-from polopt.method import Advantage, Draw, Method, Shaping, Surrogate
+from polopt.method import Method
+from polopt.parts import Advantage, Draw, Shaping, Surrogate
 from polopt.registry import register, register_recipe
 from polopt.settings import Settings
 

@@ -49,9 +49,10 @@ from pydantic import Field
 from torch import Tensor
 
 from polopt.batch import Batch
-from polopt.method import Draw, Method, Selection
+from polopt.method import Method
 from polopt.methods.classics.grpo import GroupStandardized
 from polopt.methods.classics.ppo import PPOClip
+from polopt.parts import Draw, Selection
 from polopt.registry import register, register_recipe
 from polopt.settings import Settings
 

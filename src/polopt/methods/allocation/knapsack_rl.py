@@ -38,9 +38,10 @@ from torch import Tensor
 
 from polopt.batch import Batch
 from polopt.errors import ConfigError
-from polopt.method import AdvantageTransform, Budget, Draw, Method
+from polopt.method import Method
 from polopt.methods.classics.grpo import GroupStandardized
 from polopt.methods.classics.ppo import PPOClip
+from polopt.parts import AdvantageTransform, Budget, Draw
 from polopt.registry import register, register_recipe
 from polopt.settings import Settings
 

@@ -43,10 +43,11 @@ from torch import Tensor
 
 from polopt.batch import Batch
 from polopt.functional.groups import Groups
-from polopt.method import Draw, Method, Sampler
+from polopt.method import Method
 from polopt.methods.classics.grpo import GroupStandardized
 from polopt.methods.classics.kl import KLPenalty
 from polopt.methods.classics.ppo import PPOClip
+from polopt.parts import Draw, Sampler
 from polopt.registry import register, register_recipe
 
 Diversity = Literal["self_bleu_123", "distinct_n", "edit"]

@@ -41,9 +41,10 @@ from torch import Tensor
 from polopt.batch import Batch
 from polopt.errors import PoloptError
 from polopt.functional.groups import Groups
-from polopt.method import Draw, Method, Selection
+from polopt.method import Method
 from polopt.methods.classics.kl import KLReward
 from polopt.methods.classics.ppo import GAE, PPOClip, ValueLoss
+from polopt.parts import Draw, Selection
 from polopt.registry import register, register_recipe
 from polopt.settings import Settings
 

@@ -29,8 +29,9 @@ from torch import Tensor
 
 from polopt.batch import Batch, Evaluation
 from polopt.functional.ratio import log_ratio
-from polopt.method import Method, Surrogate
+from polopt.method import Method
 from polopt.methods.classics.grpo import GroupStandardized
+from polopt.parts import Surrogate
 from polopt.registry import register, register_recipe
 
 

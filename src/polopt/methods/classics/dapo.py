@@ -33,9 +33,10 @@ from torch import Tensor
 
 from polopt.batch import Batch
 from polopt.functional.groups import Groups
-from polopt.method import Draw, Method, Sampler, Shaping
+from polopt.method import Method
 from polopt.methods.classics.grpo import GroupStandardized
 from polopt.methods.classics.ppo import PPOClip
+from polopt.parts import Draw, Sampler, Shaping
 from polopt.registry import register, register_recipe
 from polopt.settings import Settings
 

@@ -26,8 +26,9 @@ from torch import Tensor
 
 from polopt.batch import Batch
 from polopt.functional.groups import Groups
-from polopt.method import Advantage, Method
+from polopt.method import Method
 from polopt.methods.classics.ppo import PPOClip
+from polopt.parts import Advantage
 from polopt.registry import register, register_recipe
 
 

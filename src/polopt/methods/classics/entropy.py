@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from polopt.batch import Batch, Evaluation
-from polopt.method import Regularizer
+from polopt.parts import Regularizer
 from polopt.registry import register
 
 

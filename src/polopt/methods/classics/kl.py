@@ -21,7 +21,7 @@ from torch import Tensor
 from polopt.batch import Batch, Evaluation
 from polopt.functional.divergence import Estimator, kl_estimate
 from polopt.functional.masked import zero_outside
-from polopt.method import Draw, Regularizer, Shaping
+from polopt.parts import Draw, Regularizer, Shaping
 from polopt.registry import register
 from polopt.settings import Settings
 

@@ -36,7 +36,8 @@ from polopt.batch import Batch, Evaluation
 from polopt.functional.masked import standardize, zero_outside
 from polopt.functional.ratio import clipped_surrogate, dual_clipped, log_ratio
 from polopt.functional.returns import generalized_advantages, outcome_at_last
-from polopt.method import Advantage, Method, Regularizer, Surrogate
+from polopt.method import Method
+from polopt.parts import Advantage, Regularizer, Surrogate
 from polopt.registry import register, register_recipe
 from polopt.settings import Settings
 

@@ -31,7 +31,8 @@ from torch import Tensor
 from polopt.batch import Batch, Evaluation
 from polopt.functional.groups import Groups
 from polopt.functional.masked import standardize
-from polopt.method import Advantage, Method, Surrogate
+from polopt.method import Method
+from polopt.parts import Advantage, Surrogate
 from polopt.registry import register, register_recipe
 from polopt.settings import Settings
 

@@ -38,7 +38,8 @@ from torch import Tensor
 
 from polopt.batch import Batch, Evaluation
 from polopt.functional.returns import outcome_at_last
-from polopt.method import Advantage, Method, Regularizer, Surrogate
+from polopt.method import Method
+from polopt.parts import Advantage, Regularizer, Surrogate
 from polopt.registry import register, register_recipe
 
 OFF_POLICY_DEFAULTS: dict[str, Any] = {

@@ -39,9 +39,10 @@ from torch import Tensor
 from polopt.batch import Batch, Evaluation
 from polopt.functional.masked import masked_mean, zero_outside
 from polopt.functional.ratio import log_ratio
-from polopt.method import AdvantageTransform, Method
+from polopt.method import Method
 from polopt.methods.classics.grpo import GroupStandardized
 from polopt.methods.classics.ppo import PPOClip
+from polopt.parts import AdvantageTransform
 from polopt.registry import register, register_recipe
 from polopt.settings import Settings
 

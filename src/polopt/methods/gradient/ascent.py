@@ -28,8 +28,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from polopt.batch import Batch, Evaluation
-from polopt.method import Optimizer
 from polopt.methods.gradient.fisher import Fisher, FisherConfig, FisherEstimator
+from polopt.parts import Optimizer
 from polopt.registry import register
 
 

@@ -44,11 +44,12 @@ from torch import Tensor
 
 from polopt.batch import Batch
 from polopt.functional.returns import outcome_at_last
-from polopt.method import Advantage, Method
+from polopt.method import Method
 from polopt.methods.classics.reinforce import ScoreFunction
 from polopt.methods.gradient.ascent import Ascent
 from polopt.methods.gradient.fisher import Fisher, FisherConfig, FisherEstimator
 from polopt.methods.gradient.gptd import Kernel, gptd, sparse_gptd
+from polopt.parts import Advantage
 from polopt.registry import register, register_recipe
 
 

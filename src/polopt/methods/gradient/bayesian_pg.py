@@ -53,10 +53,11 @@ from torch import Tensor, nn
 
 from polopt.batch import Batch
 from polopt.functional.groups import Groups
-from polopt.method import Advantage, Method
+from polopt.method import Method
 from polopt.methods.classics.reinforce import ScoreFunction
 from polopt.methods.gradient.ascent import Ascent
 from polopt.methods.gradient.fisher import Fisher, FisherConfig, FisherEstimator
+from polopt.parts import Advantage
 from polopt.registry import register, register_recipe
 
 Model = Literal[1, 2]

@@ -50,9 +50,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from polopt.method import Draw, HessianProduct, Method, Optimizer
+from polopt.method import Method
 from polopt.methods.classics.reinforce import ScoreFunction
 from polopt.methods.gradient.n_pg_igt import DiscountedToGo, GradientAverage, transport_share
+from polopt.parts import Draw, HessianProduct, Optimizer
 from polopt.registry import register, register_recipe
 from polopt.settings import Settings
 

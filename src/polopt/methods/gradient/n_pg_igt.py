@@ -53,8 +53,9 @@ from torch import Tensor, nn
 from polopt.batch import Batch
 from polopt.functional.masked import masked_sum, zero_outside
 from polopt.functional.returns import outcome_at_last, rewards_to_go
-from polopt.method import Advantage, Method, Optimizer
+from polopt.method import Method
 from polopt.methods.classics.reinforce import ScoreFunction
+from polopt.parts import Advantage, Optimizer
 from polopt.registry import register, register_recipe
 from polopt.settings import Settings
 

@@ -44,9 +44,10 @@ from torch import Tensor
 from polopt.batch import Batch, Evaluation
 from polopt.functional.masked import zero_outside
 from polopt.functional.returns import discounted_sums, outcome_at_last
-from polopt.method import Advantage, Method, Regularizer
+from polopt.method import Method
 from polopt.methods.classics.ppo import GAE, ValueLoss
 from polopt.methods.classics.reinforce import ScoreFunction
+from polopt.parts import Advantage, Regularizer
 from polopt.registry import register, register_recipe
 from polopt.settings import Settings
 

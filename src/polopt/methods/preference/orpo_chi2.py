@@ -72,7 +72,7 @@ from polopt.errors import ConfigError
 from polopt.functional.masked import masked_mean, zero_outside
 from polopt.functional.ratio import log_ratio
 from polopt.functional.returns import outcome_at_last
-from polopt.method import Draw, Method, Regularizer, Shaping
+from polopt.method import Method
 from polopt.methods.classics.entropy import EntropyBonus
 from polopt.methods.classics.grpo import GroupStandardized
 from polopt.methods.classics.ppo import GAE, PPOClip, ValueLoss
@@ -93,6 +93,7 @@ from polopt.methods.preference.orpo_divergences import (
     sequence_divergence,
     sequence_log_ratio,
 )
+from polopt.parts import Draw, Regularizer, Shaping
 from polopt.registry import register, register_recipe
 from polopt.settings import Settings
 

@@ -41,9 +41,10 @@ from torch import Tensor
 from polopt.batch import Batch, Evaluation
 from polopt.functional.masked import masked_sum
 from polopt.functional.ratio import LOG_RATIO_BOUND
-from polopt.method import Method, Surrogate
+from polopt.method import Method
 from polopt.methods.classics.rloo import LeaveOneOut
 from polopt.methods.preference.pairs import pairs_in_groups
+from polopt.parts import Surrogate
 from polopt.registry import register, register_recipe
 from polopt.settings import Settings
 

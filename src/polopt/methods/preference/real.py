@@ -42,8 +42,9 @@ from torch.nn.functional import softplus
 from polopt.batch import Batch, Evaluation
 from polopt.functional.groups import Groups
 from polopt.functional.masked import masked_sum, row_mean, zero_outside
-from polopt.method import Method, Surrogate
+from polopt.method import Method
 from polopt.methods.classics.grpo import GroupStandardized
+from polopt.parts import Surrogate
 from polopt.registry import register, register_recipe
 from polopt.settings import Settings
 

@@ -51,9 +51,10 @@ from torch import Tensor
 from polopt.batch import Batch, Evaluation
 from polopt.functional.masked import zero_outside
 from polopt.functional.ratio import log_ratio
-from polopt.method import Method, Regularizer, Surrogate
+from polopt.method import Method
 from polopt.methods.classics.ppo import GAE, ValueLoss
 from polopt.methods.trust_region.gbpo import bounded_ratio_loss, target_ratio
+from polopt.parts import Regularizer, Surrogate
 from polopt.registry import register, register_recipe
 
 BISECTIONS = 200

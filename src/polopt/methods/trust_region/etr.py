@@ -40,8 +40,9 @@ from polopt.functional.aggregation import Aggregation
 from polopt.functional.groups import Groups
 from polopt.functional.masked import zero_outside
 from polopt.functional.ratio import clipped_surrogate, log_ratio
-from polopt.method import Method, Surrogate
+from polopt.method import Method
 from polopt.methods.classics.grpo import GroupStandardized
+from polopt.parts import Surrogate
 from polopt.registry import register, register_recipe
 
 

@@ -42,7 +42,8 @@ from polopt.batch import Batch, Evaluation
 from polopt.functional.groups import Groups
 from polopt.functional.masked import zero_outside
 from polopt.functional.ratio import log_ratio
-from polopt.method import Advantage, Method, Surrogate
+from polopt.method import Method
+from polopt.parts import Advantage, Surrogate
 from polopt.registry import register, register_recipe
 from polopt.settings import Settings
 

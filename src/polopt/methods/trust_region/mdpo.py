@@ -62,7 +62,7 @@ from torch import Tensor
 from polopt.batch import Batch, Evaluation
 from polopt.functional.masked import zero_outside
 from polopt.functional.ratio import LOG_RATIO_BOUND, log_ratio
-from polopt.method import Method, Optimizer, Surrogate
+from polopt.method import Method
 from polopt.methods.classics.grpo import GroupStandardized
 from polopt.methods.classics.ppo import GAE, ValueLoss
 from polopt.methods.classics.sac import (
@@ -72,6 +72,7 @@ from polopt.methods.classics.sac import (
     SoftSurrogate,
     SquaredOutputs,
 )
+from polopt.parts import Optimizer, Surrogate
 from polopt.registry import register, register_recipe
 
 LOGP_BOUND = 80.0
