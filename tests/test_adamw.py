@@ -39,3 +39,15 @@ def test_steps_and_state_are_torchs_bit_for_bit_whichever_parameters_have_a_grad
             optimizer.step()
         assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(states(one), states(other), strict=True))
+
+
+def test_moments_lie_side_by_side() -> None:
+    trained = parameters((torch.float32,) * 3)
+    optimizer = AdamW(trained, **OPTIONS)
+    for parameter in trained:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    for name in ("exp_avg", "exp_avg_sq"):
+        moments = [optimizer.state[parameter][name] for parameter in trained]
+        assert len({moment.untyped_storage().data_ptr() for moment in moments}) == 1
+        assert [moment.storage_offset() for moment in moments] == [0, 6, 12]

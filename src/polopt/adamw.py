@@ -4,7 +4,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from polopt.functional.blocks import side_by_side
 
 
 class _Moments(NamedTuple):
@@ -43,7 +45,6 @@ class AdamW(torch.optim.AdamW):
                 moments.step.add_(1)
                 gradients = [cast(Tensor, p.grad) for p in moments.parameters]
                 beta1, beta2 = group["betas"]
-                gradients: list[Any] = [p.grad for p in moments.parameters]
                 torch._fused_adamw_(
                     moments.parameters, gradients, moments.averages, moments.squares, [],
                     [moments.step] * len(moments.parameters), lr=group["lr"], beta1=beta1, beta2=beta2,
@@ -51,12 +52,20 @@ class AdamW(torch.optim.AdamW):
                 )  # fmt: skip
         return loss
 
+    def _begin(self, parameters: list[Tensor]) -> None:
+        """The state of parameters that have taken no step, as torch makes it."""
+        for parameter, average, square in zip(
+            parameters, _zeros_like(parameters), _zeros_like(parameters), strict=True
+        ):
+            step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            self.state[parameter].update(step=step, exp_avg=average, exp_avg_sq=square)
+
     def _of(self, number: int, group: dict[str, Any], trained: list[Tensor]) -> list[_Moments]:
         """The moments of a group's trained parameters, made anew where others are trained than at the step before."""
         known = self.__dict__.setdefault("_moments", {}).get(number)
         if known is not None and len(known[0]) == len(trained) and all(map(_is, known[0], trained)):
             return known[1]
-        self._init_group(group, [], [], [], [], [], [])  # of parameters that have no state yet
+        self._begin([p for p in trained if not self.state[p]])
         together: dict[Any, _Moments] = {}
         for parameter in trained:
             state = self.state[parameter]
@@ -68,6 +77,13 @@ class AdamW(torch.optim.AdamW):
             state["step"] = moments.step
         self._moments[number] = trained, list(together.values())
         return self._moments[number][1]
+
+
+def _zeros_like(parameters: list[Tensor]) -> list[Tensor]:
+    """Those of plain parameters side by side in memory."""
+    plain = [p for p in parameters if type(p) is nn.Parameter and p.is_contiguous()]
+    found: dict[Tensor, Tensor] = dict(zip(plain, side_by_side(plain), strict=True))
+    return [found[p] if p in found else torch.zeros_like(p) for p in parameters]
 
 
 def _is(one: Tensor, other: Tensor) -> bool:

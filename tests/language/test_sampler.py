@@ -8,6 +8,7 @@ from torch import nn
 
 from polopt.errors import ConfigError
 from polopt.language.prefix_cache import PrefixCache
+from polopt.language.replica import PackedLinear
 from polopt.language.sampler import CompletionSampler, SamplingConfig
 
 transformers = pytest.importorskip("transformers")
@@ -275,6 +276,17 @@ def test_a_copy_follows_the_model_only_when_refreshed(dtype, tokenizer):
     assert not torch.equal(after.tokens, before.tokens)
     own = CompletionSampler(model.to(dtype), tokenizer).sample(PROMPTS, COUNTS, config, numbers)
     assert_same(after, own, 1e-5)
+
+
+def test_a_released_copy_holds_nothing_and_samples_the_same_once_refreshed(tokenizer):
+    sampler = CompletionSampler(tiny(dtype=torch.float32), tokenizer, torch.bfloat16)
+    config, numbers = SamplingConfig(8), uniform(COUNTS, 8)
+    before = sampler.sample(PROMPTS, COUNTS, config, numbers)
+    sampler.release()
+    assert not sum(p.untyped_storage().nbytes() for p in sampler.model.parameters() if not p.is_meta)
+    assert all(m._packed is None for m in sampler.model.modules() if isinstance(m, PackedLinear))
+    sampler.refresh()
+    assert_same(sampler.sample(PROMPTS, COUNTS, config, numbers), before)
 
 
 def test_a_copy_follows_a_model_that_was_sharded_later(tokenizer):

@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from polopt.batch import Batch, Evaluation
+from polopt.engine.gradient_block import gradients_in_one_block
 from polopt.engine.ranks import Piece, Ranks
 
 Objective = Callable[[Evaluation, Batch], Float[Tensor, ""]]
@@ -115,7 +116,7 @@ def backward(
     evaluated = batch if rows is None else batch.take(rows)
     rows = torch.arange(len(batch)) if rows is None else rows
     passes = _Passes(actor, requires, options or {}, ranks or Ranks())
-    with passes.ranks.sum_gradients(actor.module):
+    with passes.ranks.sum_gradients(actor.module), gradients_in_one_block(actor.module):
         if separable:
             return _separable(passes, evaluated, objective, rows)
         if current is None:

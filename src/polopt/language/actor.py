@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from polopt.batch import EVALUATED, OFF_POLICY, Batch, Evaluation
 from polopt.domain import Plan, Rollout
 from polopt.engine.gradient import evaluate_rows
+from polopt.engine.memory import return_free_memory
 from polopt.engine.ranks import Ranks
 from polopt.language.config import LanguageConfig
 from polopt.language.evaluation import evaluate_completions, micro_batches
-from polopt.language.memory import return_free_memory
 from polopt.language.model import LanguageModel, Lora, load_language_model
 from polopt.language.prompts import encode_prompt
 from polopt.language.sampler import Completions, CompletionSampler, SamplingConfig
@@ -157,6 +157,8 @@ class LanguageActor:
 
     def evaluate(self, batch: Batch, requires: frozenset[str], **options: Any) -> Evaluation:
         """The current policy's view of the completions' tokens."""
+        if torch.is_grad_enabled():
+            return_free_memory()
         with torch.autocast(
             "cpu", torch.bfloat16, enabled=self.compute_dtype != getattr(torch, self.config.dtype)
         ):

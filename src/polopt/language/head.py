@@ -140,6 +140,8 @@ class _Head(torch.autograd.Function):
                 )
                 part.copy_(of_logits.mul_(slope))
             of_hidden[rows] = (logits @ layer.weight).to(hidden.dtype)
+            if rows.start == 0:  # the last piece: the copy of the weight makes room for its gradient
+                del layer.weight
             if of_weight is not None:
                 for piece in _slices(0, len(of_weight), PIECE):
                     of_weight[piece] += logits[:, piece].T @ layer.hidden[rows]

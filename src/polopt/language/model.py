@@ -19,10 +19,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from polopt.engine.memory import bound_kernel_caches
 from polopt.errors import ConfigError, MissingExtraError
 from polopt.language.evaluation import check_model
 from polopt.language.graders import require
-from polopt.language.memory import bound_kernel_caches
 from polopt.language.tiny import build_tiny
 
 SMOLLM2 = "smollm2"

@@ -3,7 +3,6 @@
 import ctypes
 import os
 import sys
-from collections.abc import Callable
 
 KERNELS = 64
 """Matrix products whose kernels are kept; one layer's forward and backward pass needs about 30."""
@@ -20,17 +19,14 @@ def bound_kernel_caches() -> None:
         os.environ.setdefault(name, str(KERNELS))
 
 
-def _trim() -> Callable[[int], int]:
-    found = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    return found or (lambda pad: 0)
-
-
-_malloc_trim = _trim()
+_LIBRARY = ctypes.CDLL(None) if sys.platform == "linux" else None
+_GLIBC = _LIBRARY if hasattr(_LIBRARY, "malloc_trim") else None
 
 
 def return_free_memory() -> None:
     """Give the system back the pages in which nothing is stored, where the C library can do so (glibc).
 
-    Sampling and the update each free hundreds of megabytes in blocks of sizes that the other has no use for.
+    Sampling and every micro-batch free hundreds of megabytes, which the next ones use only in part: the sizes differ.
     """
-    _malloc_trim(0)
+    if _GLIBC is not None:
+        _GLIBC.malloc_trim(0)
