@@ -157,8 +157,6 @@ class LanguageActor:
 
     def evaluate(self, batch: Batch, requires: frozenset[str], **options: Any) -> Evaluation:
         """The current policy's view of the completions' tokens."""
-        if torch.is_grad_enabled():
-            return_free_memory()
         with torch.autocast(
             "cpu", torch.bfloat16, enabled=self.compute_dtype != getattr(torch, self.config.dtype)
         ):

@@ -17,7 +17,6 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from polopt.batch import Batch, Evaluation
-from polopt.engine.memory import return_free_memory
 from polopt.engine.sharding import full
 from polopt.errors import ConfigError
 from polopt.language.head import HeadOptions, HeadOutput, evaluate_head
@@ -80,7 +79,7 @@ def evaluate_completions(
         kept=kept if kept and requires & {"kept_logits", "kept_rows"} else 0,
     )
     packing = pack(batch)
-    with _packed(decoder), fused_norms(decoder), lean_linears(decoder), _trimmed(decoder):
+    with _packed(decoder), fused_norms(decoder), lean_linears(decoder):
         states = decoder(
             input_ids=packing.tokens[None],
             position_ids=packing.positions[None],
@@ -131,21 +130,6 @@ def _packed(decoder: Any) -> Iterator[None]:
         yield
     finally:
         decoder.config._attn_implementation = before
-
-
-@contextmanager
-def _trimmed(decoder: Any) -> Iterator[None]:
-    """Free memory is returned before the embedding's backward pass, the last, whose dense gradient is large."""
-
-    def prepare(module: nn.Module, inputs: Any, output: Tensor) -> None:
-        if output.requires_grad:
-            output.register_hook(lambda gradient: return_free_memory())
-
-    hook = decoder.get_input_embeddings().register_forward_hook(prepare)
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 def _of_decisions(
