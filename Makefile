@@ -7,9 +7,11 @@
 
 VENV          ?= .venv
 ORACLE_VENV   ?= .venv-oracle
+PEERS_VENV    ?= .venv-peers
 DEMO_EXTRAS   := language
 TEST_EXTRAS   := language,control,report,trackers,dev
 ORACLE_EXTRAS := language,test,peers
+PEERS_EXTRAS  := control,control-peers
 WORKERS       ?= 2
 DEMO_FLAGS    ?=
 BENCH_FLAGS   ?=
@@ -27,13 +29,14 @@ PY           := $(VENV)/bin/python
 DEMO_STAMP   := $(VENV)/.installed-demo
 TEST_STAMP   := $(VENV)/.installed-test
 ORACLE_STAMP := $(ORACLE_VENV)/.installed
+PEERS_STAMP  := $(PEERS_VENV)/.installed
 
 help:
 	@echo "make demo     train a language model on this machine (about 10 minutes) and say where the results are"
 	@echo "make test     everything that must pass: lint, types, documentation, tests"
 	@echo "make check    the fast part of it: lint, format, types"
 	@echo "make docs     build the documentation into site/"
-	@echo "make bench    measure polopt against TRL, verl and Stable-Baselines3, one process each"
+	@echo "make bench    measure polopt against TRL, verl and libraries of control, one process each"
 	@echo "make oracle   compare with the functions of TRL and verl, in an environment of its own"
 	@echo "make clean    remove what the commands above made, except environments and runs"
 
@@ -56,12 +59,12 @@ types: $(TEST_STAMP)
 docs: $(TEST_STAMP)
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
-bench: $(TEST_STAMP) $(ORACLE_STAMP)
+bench: $(TEST_STAMP) $(ORACLE_STAMP) $(PEERS_STAMP)
 	$(PY) benchmarks/language/compare_trl.py $(BENCH_FLAGS) --model "$$($(PY) -c \
 		'from polopt.language.model import smollm2_directory; print(smollm2_directory())')"
 	$(PY) benchmarks/estimators.py --verl-python $(ORACLE_VENV)/bin/python
 	$(PY) benchmarks/selection.py
-	$(PY) benchmarks/control/compare.py
+	$(PY) benchmarks/control/compare.py --peers-python $(PEERS_VENV)/bin/python
 
 oracle: $(ORACLE_STAMP)
 	$(ORACLE_VENV)/bin/python -m pytest -m oracle tests
@@ -91,6 +94,10 @@ $(TEST_STAMP): pyproject.toml constraints.txt
 # verl wants older transformers and tensordict than constraints.txt has: this environment resolves freely.
 $(ORACLE_STAMP): pyproject.toml constraints.txt
 	$(call install,$(ORACLE_VENV),$(ORACLE_EXTRAS))
+
+# Other libraries of control, which nothing but the benchmark and a reproduction needs.
+$(PEERS_STAMP): pyproject.toml constraints.txt
+	$(call install,$(PEERS_VENV),$(PEERS_EXTRAS))
 
 constraints:  # what a fresh environment resolves to today becomes what is tested
 	rm -rf .venv-constraints && $(PYTHON) -m venv .venv-constraints

@@ -1,7 +1,8 @@
 """polopt's PPO beside Stable-Baselines3's and a plain loop's: same hyperparameters, environments, steps; speed and return.
 
-    python benchmarks/control/compare.py --out benchmarks/results/control.json
+    python benchmarks/control/compare.py --peers-python PYTHON --out benchmarks/results/control.json
 
+With the Python of an environment that has them, Tianshou and rsl-rl run beside these.
 All train the same seed at the same time, one process and one thread each, so that whatever else the machine does meets
 them alike. Speed is environment steps per CPU second of training; the bound is that of polopt's environments stepped with
 random actions, if learning cost nothing. The return is that of 16 episodes by the policy's mode after training;
@@ -23,22 +24,23 @@ from settings import SETTINGS, TASKS
 from polopt.report.statistics import bootstrap
 
 LIBRARIES = ("polopt", "stable_baselines3", "single_file")
+PEERS = ("tianshou", "rsl_rl")
 Run = dict[str, dict[str, float]]
 
 
-def side_by_side(env: str, seed: int, steps: int) -> Run:
-    """All libraries at the same time."""
+def side_by_side(interpreters: dict[str, str], env: str, seed: int, steps: int) -> Run:
+    """All libraries at the same time, each with its Python."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     here = Path(__file__).parent
     started = {
         library: subprocess.Popen(
-            [sys.executable, here / f"worker_{library}.py", env, str(seed), str(steps)],
+            [python, here / f"worker_{library}.py", env, str(seed), str(steps)],
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
             env=environment,
         )
-        for library in LIBRARIES
+        for library, python in interpreters.items()
     }
     found = {}
     for library, process in started.items():
@@ -52,7 +54,7 @@ def side_by_side(env: str, seed: int, steps: int) -> Run:
 def summarize(runs: list[Run]) -> dict[str, Any]:
     """Medians of speeds, their ratios and shares, interquartile means of the returns."""
     summary: dict[str, Any] = {}
-    for library in LIBRARIES:
+    for library in runs[0]:
         interval = bootstrap([np.array([run[library]["return"] for run in runs])])
         summary[library] = {
             "steps_per_second": median(runs, lambda run, own=library: run[own]["steps_per_second"]),
@@ -81,12 +83,21 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=40_960, help="environment steps of a run")
     parser.add_argument("--env", choices=list(TASKS), action="append")
+    parser.add_argument(
+        "--peers-python",
+        help="Python of an environment that has tianshou and rsl-rl; without it they are left out",
+    )
     parser.add_argument("--out", type=Path, help="where the results go, JSON")
     options = parser.parse_args()
+    interpreters: dict[str, str] = dict.fromkeys(LIBRARIES, sys.executable)
+    if options.peers_python:
+        interpreters |= dict.fromkeys(PEERS, options.peers_python)
+    else:
+        print(f"Without --peers-python: {' and '.join(PEERS)} were left out.", flush=True)
     results: dict[str, Any] = {"machine": f"{os.cpu_count()} cores, {platform.machine()}", **SETTINGS}
     results |= {"steps": options.steps, "seeds": options.seeds}
     for env in options.env or TASKS:
-        runs = [side_by_side(env, seed, options.steps) for seed in range(options.seeds)]
+        runs = [side_by_side(interpreters, env, seed, options.steps) for seed in range(options.seeds)]
         results[env] = summarize(runs) | {"runs": runs}
         print(env, json.dumps({k: v for k, v in results[env].items() if k != "runs"}), flush=True)
         if options.out:

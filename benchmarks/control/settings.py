@@ -6,6 +6,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import gymnasium as gym
+import numpy as np
+
 ENVIRONMENTS, STEPS, EPISODES = 8, 256, 16
 PER_ITERATION = ENVIRONMENTS * STEPS
 SETTINGS = {"lr": 3e-4, "epochs": 10, "minibatch": 64, "gamma": 0.99, "gae_lambda": 0.95, "clip": 0.2}
@@ -31,3 +34,16 @@ def bound(step: Callable[[], Any]) -> float:
     for _ in range(BOUND_STEPS):
         step()
     return BOUND_STEPS * ENVIRONMENTS / (time.process_time() - started)
+
+
+def mean_return(act: Callable[[Any], Any], env: str, seed: int) -> float:
+    """Of episodes, where `act` takes an observation and gives an action that the environment takes."""
+    made, returns = gym.make(env), []
+    for number in range(EPISODES):
+        observation, _ = made.reset(seed=seed + number)
+        total, ended = 0.0, False
+        while not ended:
+            observation, reward, terminated, truncated, _ = made.step(act(observation))
+            total, ended = total + float(reward), terminated or truncated
+        returns.append(total)
+    return float(np.mean(returns))

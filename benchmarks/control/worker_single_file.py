@@ -13,13 +13,13 @@ import torch
 from gymnasium.wrappers import vector
 from settings import (
     ENVIRONMENTS,
-    EPISODES,
     MAX_GRAD_NORM,
     PER_ITERATION,
     SETTINGS,
     STEPS,
     TASKS,
     VALUE_COEF,
+    mean_return,
     run,
 )
 from torch import Tensor, nn
@@ -139,21 +139,15 @@ def train(env: str, seed: int, iterations: int) -> dict[str, float]:
 @torch.no_grad()
 def score(agent: Agent, trained: Any, env: str, seed: int) -> float:
     """Mean return of episodes by the mode, with the moments of training."""
-    made, moments = gym.make(env), trained.env.obs_rms if TASKS[env] else None
-    returns = []
-    for number in range(EPISODES):
-        observation, _ = made.reset(seed=seed + number)
-        total, ended = 0.0, False
-        while not ended:
-            if moments is not None:
-                observation = ((observation - moments.mean) / (moments.var + 1e-8) ** 0.5).clip(-10, 10)
-            outputs = agent.actor(torch.as_tensor(observation, dtype=torch.float32))
-            action = outputs.argmax() if agent.discrete else outputs
-            taken = clipped(action, made.action_space)
-            observation, reward, terminated, truncated, _ = made.step(taken)
-            total, ended = total + float(reward), terminated or truncated
-        returns.append(total)
-    return float(np.mean(returns))
+    space, moments = trained.single_action_space, trained.env.obs_rms if TASKS[env] else None
+
+    def act(observation: Any) -> Any:
+        if moments is not None:
+            observation = ((observation - moments.mean) / (moments.var + 1e-8) ** 0.5).clip(-10, 10)
+        outputs = agent.actor(torch.as_tensor(observation, dtype=torch.float32))
+        return clipped(outputs.argmax() if agent.discrete else outputs, space)
+
+    return mean_return(act, env, seed)
 
 
 if __name__ == "__main__":
