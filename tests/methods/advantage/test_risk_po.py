@@ -7,6 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from polopt.batch import Batch, Evaluation
+from polopt.errors import ConfigError
 from polopt.functional.groups import Groups
 from polopt.methods.advantage.risk_po import (
     BundleClip,
@@ -306,3 +307,33 @@ def test_constant_scores_single_scores_missing_rewards_and_no_rows_are_defined()
         assert part(empty).shape == (0, 1)
         part.observe(empty)
         assert part.quantiles.isnan().all()
+
+
+def test_released_baseline_is_the_mean_of_the_middle_by_the_trapezoid_rule() -> None:
+    outcome = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
+    group, bundle, sets = (
+        torch.zeros(5, dtype=torch.int64),
+        torch.arange(5),
+        torch.zeros(5, dtype=torch.int64),
+    )
+    plain = {"alpha": 0.2, "beta": 0.8, "w_mix": None, "credit": "uniform", "norm_by_std": False, "eps": 0.0}
+    a, b = torch.tensor([1.0, 3.0], dtype=torch.float64)
+    tracked = torch.linspace(0.0, 4.0, 19, dtype=torch.float64) ** 2 / 4
+
+    def advantage(quantiles: torch.Tensor | None, natural: bool) -> torch.Tensor:
+        return released_advantage(
+            outcome, group, bundle, sets, natural_baseline=natural, quantiles=torch.stack([a, b]),
+            baseline_quantiles=quantiles, **plain,
+        )[1]  # fmt: skip
+
+    for natural in (False, True):
+        middle = [min(max(float(q) - 1, 0), 2) - 2 * natural for q in tracked]
+        integral = sum((one + other) / 2 * 0.05 for one, other in zip(middle, middle[1:], strict=False))
+        assert_close(advantage(tracked, natural), advantage(None, natural) - integral / 0.6)
+
+
+def test_released_baseline_needs_the_released_form() -> None:
+    with pytest.raises(ConfigError, match='belongs to form = "code"'):
+        MixedValueAtRisk(baseline="quantiles")
+    part = MixedValueAtRisk(baseline="quantiles", form="code")
+    assert part.quantiles.shape == (21,) and bool(part.quantiles.isnan().all())

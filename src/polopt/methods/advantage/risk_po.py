@@ -16,7 +16,9 @@ takes one answer of each, its score is the sum of their rewards, and its members
 with s_i the length-normalised sequence ratio. The quantiles are initialised from the first batch and then tracked; an
 iteration's advantages use the values before its own step. `form="code"` is the released implementation: scores compared
 inside a set of bundles, tail and middle averaged with weights w_mix = 1 + omega and 1, optional division by their
-deviation, and several ways to credit the members. It falls back to empirical quantiles of the set, as released.
+deviation, and several ways to credit the members. It falls back to empirical quantiles of the set, as released. Its
+`baseline="quantiles"` subtracts the middle's mean, by the trapezoid rule over 19 tracked quantiles (RECONSTRUCTED: with the
+constant a - b where `natural_baseline` adds it).
 
 Form `paper` has no positive advantage; `baseline="mean"` subtracts the batch mean. Answers beyond the smallest group of
 a set join no bundle and have advantage 0.
@@ -50,6 +52,8 @@ from polopt.registry import register, register_recipe
 from polopt.settings import Settings
 
 Credit = Literal["uniform", "std", "sum-mean"]
+BASELINE_LEVELS = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
+"""Levels of the quantiles that the released baseline integrates over."""
 
 
 def bundles(
@@ -109,6 +113,7 @@ def released_advantage(
     norm_by_std: bool = True,
     upper_weight: float | None = None,
     quantiles: Float[Tensor, " 2"] | None = None,
+    baseline_quantiles: Float[Tensor, " 19"] | None = None,
     eps: float = 1e-6,
 ) -> tuple[Float[Tensor, " J"], Float[Tensor, " N"]]:
     """The released implementation: scores of the bundles, and the advantage credited to each trajectory.
@@ -126,6 +131,7 @@ def released_advantage(
         norm_by_std: divide by the unbiased deviation of the set's scores.
         upper_weight: instead of the tail, pay for scores above b with this weight (the risk-seeking ablation).
         quantiles: tracked a and b; None takes the set's empirical ones.
+        baseline_quantiles: tracked ones at `BASELINE_LEVELS`, over which the mean of the middle is subtracted; None: not.
         eps: added to denominators.
     """
     inside = bundle >= 0
@@ -138,8 +144,12 @@ def released_advantage(
         if quantiles is None
         else quantiles.double()[:, None].expand(2, len(scores))
     )
-    below, above_a, above_b = (a - scores).clamp(min=0), (scores - a).clamp(min=0), (scores - b).clamp(min=0)
-    x = (above_a - above_b + natural_baseline * (a - b)) / (beta - alpha + eps)
+    below, above_b = (a - scores).clamp(min=0), (scores - b).clamp(min=0)
+    middle = _middle(scores, a, b, natural_baseline)
+    if baseline_quantiles is not None:
+        of_levels = _middle(baseline_quantiles.double()[:, None], a, b, natural_baseline)
+        middle = middle - torch.trapezoid(of_levels, BASELINE_LEVELS, dim=0)
+    x = middle / (beta - alpha + eps)
     if upper_weight is not None:
         x = (upper_weight * above_b / (1 - beta + eps) + x) / (upper_weight + 1)
     elif w_mix is not None:
@@ -150,6 +160,11 @@ def released_advantage(
     advantage = torch.zeros(len(outcome), dtype=torch.float64)
     advantage[inside] = members.broadcast(x) * _credit(outcome, group, inside, members, credit, eps)
     return scores, advantage
+
+
+def _middle(scores: Tensor, a: Tensor, b: Tensor, natural_baseline: bool) -> Tensor:
+    """What scores earn between the quantiles, with the constant a - b if asked for."""
+    return (scores - a).clamp(min=0) - (scores - b).clamp(min=0) + natural_baseline * (a - b)
 
 
 def _quantiles(scores: Tensor, sets: Groups, alpha: float, beta: float) -> tuple[Tensor, Tensor]:
@@ -225,8 +240,8 @@ class MixedValueAtRisk(Advantage):
         """Extra weight of the tail; the code form mixes with w_mix = 1 + omega."""
         tracking: float = Field(0.1, gt=0)
         """Step of the tracked quantiles, in reward units."""
-        baseline: Literal["none", "mean"] = "none"
-        """Subtract the mean of the advantages over the batch."""
+        baseline: Literal["none", "mean", "quantiles"] = "none"
+        """Subtract the mean of the advantages over the batch, or, in the code form, that of the middle over tracked quantiles."""
         credit: Credit = "std"
         """Code form: how a bundle's advantage is shared out."""
         natural_baseline: bool = True
@@ -238,32 +253,34 @@ class MixedValueAtRisk(Advantage):
         def _levels(self) -> Self:
             if self.alpha >= self.beta:
                 raise ValueError(f"alpha = {self.alpha} must be below beta = {self.beta}")
+            if self.baseline == "quantiles" and self.form != "code":
+                raise ValueError('baseline = "quantiles": belongs to form = "code"; use "mean"')
             return self
 
     def __init__(self, /, **options: Any) -> None:
         super().__init__(**options)
-        self.register_buffer("quantiles", torch.full((2,), torch.nan, dtype=torch.float64))
+        self.register_buffer("quantiles", torch.full((len(self.levels),), torch.nan, dtype=torch.float64))
 
     @property
-    def levels(self) -> Float[Tensor, " 2"]:
-        """alpha and beta."""
-        return torch.tensor([self.config.alpha, self.config.beta], dtype=torch.float64)
+    def levels(self) -> Float[Tensor, " M"]:
+        """alpha and beta, and those of the released baseline if it is used."""
+        own = torch.tensor([self.config.alpha, self.config.beta], dtype=torch.float64)
+        return torch.cat([own, BASELINE_LEVELS]) if self.config.baseline == "quantiles" else own
 
     def forward(self, batch: Batch) -> Float[Tensor, "N 1"]:
         c, bundle = self.config, batch.signal("bundle")
         outcome = batch.outcome()
+        inside, members, scores = self._scores(batch)
+        first = bool(self.quantiles.isnan().any()) and len(scores) > 0
+        quantiles = torch.quantile(scores, self.levels) if first else self.quantiles
         if c.form == "code":
             _, advantage = released_advantage(
                 outcome, batch.group, bundle, batch.signal("bundle_set"), alpha=c.alpha, beta=c.beta, w_mix=1 + c.omega,
                 credit=c.credit, natural_baseline=c.natural_baseline, norm_by_std=c.norm_by_std,
+                baseline_quantiles=quantiles[2:] if c.baseline == "quantiles" else None,
             )  # fmt: skip
         else:
-            inside, members, scores = self._scores(batch)
-            a, b = (
-                torch.quantile(scores, self.levels)
-                if self.quantiles.isnan().any() and len(scores)
-                else self.quantiles
-            )
+            a, b = quantiles
             advantage = torch.zeros_like(outcome)
             advantage[inside] = members.broadcast(mixed_value_at_risk(scores, a, b, c.omega))
         if c.baseline == "mean":
