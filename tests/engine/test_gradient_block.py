@@ -1,9 +1,11 @@
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
 
 from polopt.engine import gradient_block
-from polopt.engine.gradient_block import gradients_in_one_block
+from polopt.engine.gradient_block import gradient_to_add_to, gradients_in_one_block
 
 
 @pytest.fixture
@@ -50,3 +52,43 @@ def test_the_next_pass_moves_nothing_into_an_earlier_block(always):
     assert [float(k[0, 0]) for k in kept] == [1.0, 2.0]
     (3 * module.weight).sum().backward()
     assert float(module.weight.grad[0, 0]) == 5.0
+
+
+class Doubled(torch.autograd.Function):
+    """Twice the sum of a parameter, which adds to the parameter's gradient by itself."""
+
+    @staticmethod
+    def forward(ctx, parameter):
+        ctx.save_for_backward(parameter)
+        return 2 * parameter.sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        into, returned = gradient_to_add_to(*ctx.saved_tensors)
+        into += 2 * grad
+        return returned
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("first", ["direct", "returned"])
+def test_a_gradient_that_is_added_directly_joins_one_that_is_returned(always, inside, first):
+    module = nn.Linear(2, 2, bias=False)
+    direct, returned = Doubled.apply(module.weight), module.weight.sum()
+    losses = [direct, returned] if first == "direct" else [returned, direct]
+    with gradients_in_one_block(module) if inside else nullcontext():
+        for _ in range(2):
+            for loss in losses:
+                loss.backward(retain_graph=True)
+        (direct + returned).backward()
+    assert torch.equal(module.weight.grad, torch.full((2, 2), 9.0))
+    held = gradient_to_add_to(module.weight)[0]
+    assert held is not module.weight.grad and not held.any()
+
+
+def test_only_the_open_blocks_own_parameters_take_gradients_directly(always):
+    module, other = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
+    with gradients_in_one_block(module):
+        assert gradient_to_add_to(module.weight)[1] is None
+        into, returned = gradient_to_add_to(other.weight)
+    assert into is returned and other.weight.grad is None
+    assert module.weight.grad is not None

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from polopt.language.linear import gated_linear, lean_linears, linear
+from polopt.language.linear import gated_linears, lean_linears, linear
 
 transformers = pytest.importorskip("transformers")
 BFLOAT16 = torch.autocast("cpu", torch.bfloat16)
@@ -60,28 +60,64 @@ def test_no_copy_of_a_weight_is_kept_for_the_backward_pass():
         assert not copies()
 
 
-def test_without_autocast_nothing_changes():
-    x, weight, bias = torch.randn(2, 3, 4), torch.randn(5, 4), torch.randn(5)
+def gate(x, gate, up, down):
+    plain = torch.nn.functional.linear
+    return plain(torch.nn.functional.silu(plain(x, gate)) * plain(x, up), down)
+
+
+def weights(*shapes, **options):
+    torch.manual_seed(0)
+    return [torch.randn(shape, requires_grad=True, **options) for shape in shapes]
+
+
+GATED = (2, 3, 4), (6, 4), (6, 4), (5, 6)
+
+
+def test_without_autocast_outputs_are_the_plain_ones():
+    x, weight, bias = weights((2, 3, 4), (5, 4), (5,))
     assert torch.equal(linear(x, weight, bias), torch.nn.functional.linear(x, weight, bias))
-    expected = torch.nn.functional.linear(torch.nn.functional.silu(x) * x, weight)
-    assert torch.equal(gated_linear(x, x, weight), expected)
+    inputs = weights(*GATED)
+    assert torch.equal(gated_linears(*inputs), gate(*inputs))
+
+
+def test_gated_derivatives_of_both_orders_are_those_of_finite_differences():
+    inputs = weights(*GATED, dtype=torch.float64)
+    assert torch.autograd.gradcheck(gated_linears, inputs)
+    assert torch.autograd.gradgradcheck(gated_linears, inputs)
+
+
+def test_gated_layers_give_what_is_frozen_no_gradient():
+    x, *frozen = weights(*GATED)
+    for weight in frozen:
+        weight.requires_grad_(False)
+    gated_linears(x, *frozen).sum().backward()
+    assert x.grad is not None and all(weight.grad is None for weight in frozen)
+
+
+def test_gated_layers_keep_their_input_and_weights_alone():
+    inputs, saved = weights(*GATED), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape), lambda t: t):
+        gated_linears(*inputs)
+    assert saved == [t.shape for t in inputs]
 
 
 @pytest.mark.parametrize("gated", [False, True])
 def test_second_derivatives_are_those_of_autograd(gated):
-    def product(x, weight, fused):
-        if not gated:
-            return (linear if fused else torch.nn.functional.linear)(x, weight, None)
-        plain = torch.nn.functional.linear(torch.nn.functional.silu(x) * x, weight)
-        return gated_linear(x, x, weight) if fused else plain
+    plain, lean, shapes = (
+        (gate, gated_linears, GATED) if gated else (torch.nn.functional.linear, linear, ((3, 4), (5, 4)))
+    )
 
     def curvature(fused):
-        torch.manual_seed(0)
-        x, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+        inputs = weights(*shapes)
         with BFLOAT16:
-            out = product(x, weight, fused).float().square().sum()
-        first = torch.autograd.grad(out, [x, weight], create_graph=True)
-        return torch.autograd.grad(sum(g.square().sum() for g in first), [x, weight])
+            out = (
+                (lean if fused else plain)(*inputs, *([None] if fused and not gated else []))
+                .float()
+                .square()
+                .sum()
+            )
+        first = torch.autograd.grad(out, inputs, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
 
     for found, expected in zip(curvature(True), curvature(False), strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=0.05 * float(expected.abs().max()))

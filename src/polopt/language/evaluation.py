@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from polopt.batch import Batch, Evaluation
 from polopt.engine.sharding import full
 from polopt.errors import ConfigError
+from polopt.language.embedding import direct_embeddings
 from polopt.language.head import HeadOptions, HeadOutput, evaluate_head
 from polopt.language.linear import lean_linears
 from polopt.language.packing import ATTENTION, Packing, pack, packed_attention
@@ -79,7 +80,7 @@ def evaluate_completions(
         kept=kept if kept and requires & {"kept_logits", "kept_rows"} else 0,
     )
     packing = pack(batch)
-    with _packed(decoder), fused_norms(decoder), lean_linears(decoder):
+    with _packed(decoder), direct_embeddings(decoder), fused_norms(decoder), lean_linears(decoder):
         states = decoder(
             input_ids=packing.tokens[None],
             position_ids=packing.positions[None],

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from polopt.engine.gradient_block import gradient_to_add_to
 from polopt.language.second_order import recorded_backward
 
 BLOCK = 2**20
@@ -80,7 +81,7 @@ def evaluate_head(
 
 
 class _Head(torch.autograd.Function):
-    """Holds the logits of the last chunk of states for the backward pass, which computes those of the others again."""
+    """Holds the layer and its logits of the last chunk of states for the backward pass, which computes the others again."""
 
     @staticmethod
     def forward(
@@ -101,7 +102,7 @@ class _Head(torch.autograd.Function):
                 scaled = _scaled(logits[block.start - rows.start : block.stop - rows.start], options)
                 found.append(_reduce(scaled, state[mine] - block.start, action[mine], options))
         if any(ctx.needs_input_grad[:3]):
-            ctx.held = logits
+            ctx.held = layer, logits
         joined = {name: torch.cat([part[name] for part in found]) for name in found[0]}
         normalizer, entropy = joined["normalizer"], joined.get("entropy")
         ctx.save_for_backward(hidden, weight, bias, state, action, normalizer, entropy)
@@ -117,10 +118,10 @@ class _Head(torch.autograd.Function):
             return recorded_backward(_plain_head, (hidden, weight, bias), grads[1:3], *constants)
         of_logp = normalizer.new_zeros(len(state)) if grads[1] is None else grads[1]
         of_state = torch.zeros_like(normalizer).index_add_(0, state, of_logp)
-        layer, held = _Layer(hidden, weight, bias, ctx.dtype), ctx.held
+        layer, held = ctx.held or (_Layer(hidden, weight, bias, ctx.dtype), None)
         ctx.held = None
         of_hidden = torch.empty_like(hidden)
-        of_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        into, of_weight = gradient_to_add_to(weight) if ctx.needs_input_grad[1] else (None, None)
         of_bias = None if bias is None else torch.zeros_like(bias)
         for rows in _slices(0, len(hidden), ctx.options.chunk)[::-1]:
             logits, held = layer(rows) if held is None else held, None
@@ -140,11 +141,9 @@ class _Head(torch.autograd.Function):
                 )
                 part.copy_(of_logits.mul_(slope))
             of_hidden[rows] = (logits @ layer.weight).to(hidden.dtype)
-            if rows.start == 0:  # the last piece: the copy of the weight makes room for its gradient
-                del layer.weight
-            if of_weight is not None:
-                for piece in _slices(0, len(of_weight), PIECE):
-                    of_weight[piece] += logits[:, piece].T @ layer.hidden[rows]
+            if into is not None:
+                for piece in _slices(0, len(into), PIECE):
+                    into[piece] += logits[:, piece].T @ layer.hidden[rows]
             if of_bias is not None:
                 of_bias += logits.sum(0)
         return of_hidden, of_weight, of_bias, None, None, None, None

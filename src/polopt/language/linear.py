@@ -26,14 +26,16 @@ def linear(
     return _Linear.apply(x, weight, bias, torch.get_autocast_dtype(device))
 
 
-def gated_linear(
-    gate: Float[Tensor, "... in"], up: Float[Tensor, "... in"], weight: Float[Tensor, "out in"]
+def gated_linears(
+    x: Float[Tensor, "... in"],
+    gate: Float[Tensor, "hidden in"],
+    up: Float[Tensor, "hidden in"],
+    down: Float[Tensor, "out hidden"],
 ) -> Float[Tensor, "... out"]:
-    """`(silu(gate) * up) @ weight.T`, of the autocast type where autocast is on."""
-    device = gate.device.type
-    if not torch.is_autocast_enabled(device):
-        return nn.functional.linear(nn.functional.silu(gate) * up, weight)
-    return _GatedLinear.apply(gate, up, weight, torch.get_autocast_dtype(device))
+    """`(silu(x @ gate.T) * (x @ up.T)) @ down.T`, of the autocast type where autocast is on."""
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return _GatedLinears.apply(x, gate, up, down, dtype)
 
 
 class _Linear(torch.autograd.Function):
@@ -59,31 +61,40 @@ class _Linear(torch.autograd.Function):
         return of_x, of_weight, of_bias, None
 
 
-class _GatedLinear(torch.autograd.Function):
-    """Keeps the gate and what it gates; the product and the activation are computed again in the backward pass."""
+class _GatedLinears(torch.autograd.Function):
+    """Keeps its input alone, a fifth of what it would hold; the two inner products are computed again in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(gate, up, weight)
+    def forward(ctx: Any, x: Tensor, gate: Tensor, up: Tensor, down: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(x, gate, up, down)
         ctx.dtype = dtype
-        return _plain_gated(gate, up, weight, dtype)[0]
+        return _plain_gated(x, gate, up, down, dtype)[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        gate, up, weight = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return recorded_backward(_plain_gated, (gate, up, weight), grads, ctx.dtype)
-        active, of_weight = nn.functional.silu(gate), None
-        if ctx.needs_input_grad[2]:
-            inputs = (active * up).to(ctx.dtype).flatten(0, -2)
-            of_weight = (grads[0].flatten(0, -2).T @ inputs).to(weight.dtype)
-        of_product = (grads[0] @ weight.to(ctx.dtype)).to(gate.dtype)
-        of_gate = torch.ops.aten.silu_backward(of_product * up, gate)
-        return of_gate, of_product.mul_(active), of_weight, None
+            return recorded_backward(_plain_gated, ctx.saved_tensors, grads, ctx.dtype)
+        x, gate, up, down = (tensor.to(ctx.dtype) for tensor in ctx.saved_tensors)
+        found: list[Tensor | None] = [None] * 4
+        opening, opened = x @ gate.T, x @ up.T
+        active = nn.functional.silu(opening)
+        if ctx.needs_input_grad[3]:
+            found[3] = grads[0].flatten(0, -2).T @ (active * opened).flatten(0, -2)
+        of_product = grads[0] @ down
+        of_opening = torch.ops.aten.silu_backward(opened.mul_(of_product), opening)
+        of_opened = of_product.mul_(active)
+        for place, inner in ((1, of_opening), (2, of_opened)):
+            if ctx.needs_input_grad[place]:
+                found[place] = inner.flatten(0, -2).T @ x.flatten(0, -2)
+        if ctx.needs_input_grad[0]:
+            found[0] = (of_opening @ gate).add_(of_opened @ up)
+        pairs = zip(found, ctx.saved_tensors, strict=True)
+        return *(None if of is None else of.to(tensor.dtype) for of, tensor in pairs), None
 
 
-def _plain_gated(gate: Tensor, up: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor]:
-    return _plain(nn.functional.silu(gate) * up, weight, None, dtype)
+def _plain_gated(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, dtype: torch.dtype) -> tuple[Tensor]:
+    opening, opened = (_plain(x, weight, None, dtype)[0] for weight in (gate, up))
+    return _plain(nn.functional.silu(opening) * opened, down, None, dtype)
 
 
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor]:
@@ -94,7 +105,7 @@ def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -
 
 @contextmanager
 def lean_linears(model: nn.Module) -> Iterator[None]:
-    """Inside it the linear layers of a model are computed by `linear`, and Llama's gated ones by `gated_linear`.
+    """Inside it the linear layers of a model are computed by `linear`, and Llama's gated ones by `gated_linears`.
 
     The gated ones are recognised by what transformers calls their parts; `check_model` would find one that is none.
     """
@@ -111,12 +122,9 @@ def lean_linears(model: nn.Module) -> Iterator[None]:
 
 
 def _is_gated(module: Any) -> bool:
-    return (
-        all(hasattr(module, name) for name in ("gate_proj", "up_proj"))
-        and type(getattr(module, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation")
-        and type(down := getattr(module, "down_proj", None)) is nn.Linear
-        and down.bias is None
-    )
+    parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    plain = all(type(part) is nn.Linear and part.bias is None for part in parts)
+    return plain and type(getattr(module, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation")
 
 
 def _forward(layer: Any, x: Tensor) -> Tensor:
@@ -124,4 +132,4 @@ def _forward(layer: Any, x: Tensor) -> Tensor:
 
 
 def _gated_forward(block: Any, x: Tensor) -> Tensor:
-    return gated_linear(block.gate_proj(x), block.up_proj(x), block.down_proj.weight)
+    return gated_linears(x, block.gate_proj.weight, block.up_proj.weight, block.down_proj.weight)
