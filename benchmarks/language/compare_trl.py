@@ -33,6 +33,7 @@ class Worker:
             "GOMP_SPINCOUNT": "0",
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
+            "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0",  # as polopt's command line has it
         }
         self.process = subprocess.Popen(
             command,

@@ -7,6 +7,7 @@ from importlib import import_module
 from io import TextIOWrapper
 
 import polopt
+from polopt.engine.memory import restart_without_thread_cache
 from polopt.errors import ConfigError, PoloptError
 from polopt.settings import nearest
 
@@ -33,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code, see `usage`.
     """
+    if argv is None:
+        restart_without_thread_cache()
     _prepare_process()
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:

@@ -62,6 +62,7 @@ def estimate_language(config: RunConfig, task: "LanguageTask", method: "Method")
         ConfigError: there is no such model.
     """
     from polopt.language.actor import LARGE_MODEL
+    from polopt.language.evaluation import HEAD_TOKENS
 
     c, t = config.language, config.trainer
     model = _model_without_storage(c.model)
@@ -76,7 +77,8 @@ def estimate_language(config: RunConfig, task: "LanguageTask", method: "Method")
     prompt = _prompt_tokens(config, task)
     rows = t.prompts * t.rollouts
     completions, tokens = rows * c.max_new_tokens, t.prompts * prompt + rows * c.max_new_tokens
-    per_layer = 10 * shape.hidden_size + 3 * shape.intermediate_size
+    gated = getattr(shape, "hidden_act", None) == "silu"  # computed again in the backward pass
+    per_layer = 9 * shape.hidden_size + (0 if gated else 3 * shape.intermediate_size)
     kv = 2 * shape.num_key_value_heads * (shape.hidden_size // shape.num_attention_heads)
     decoded = min(rows, c.sampler_rows) * c.max_new_tokens + t.prompts * prompt
     reference = any(name.startswith("ref_") for name in method.requires) and not c.lora_rank
@@ -88,6 +90,7 @@ def estimate_language(config: RunConfig, task: "LanguageTask", method: "Method")
         "reference": parameters * weights.itemsize if reference else 0,
         "cache": decoded * shape.num_hidden_layers * kv * sampling.itemsize,
         "activations": c.micro_batch_tokens * shape.num_hidden_layers * per_layer * compute.itemsize,
+        "logits": min(c.micro_batch_tokens, HEAD_TOKENS) * shape.vocab_size * compute.itemsize,
         "libraries": _LIBRARIES * 1e9,
     }
     rates = {dtype: matmul_rate(dtype) for dtype in {compute, sampling}}

@@ -31,3 +31,20 @@ def return_free_memory() -> None:
     """
     if _GLIBC is not None:
         _GLIBC.malloc_trim(0)
+
+
+_TUNABLE = "glibc.malloc.tcache_count"
+
+
+def restart_without_thread_cache() -> None:
+    """Replace this process by itself with glibc's per-thread cache of small blocks off, unless the environment sets it.
+
+    glibc cuts the few bytes around a block that make it aligned, as all of torch's are, off its ends and keeps them in that
+    cache. A freed block is then a little too short for the next of its size: among tensors that stay, most of half a gigabyte
+    of such holes in an update of 135 million parameters. It can be set at the start of a process only.
+    """
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    if _GLIBC is None or not sys.executable or _TUNABLE in tunables:
+        return
+    os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, [tunables, f"{_TUNABLE}=0"]))
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606

@@ -25,6 +25,9 @@ from polopt.language.linear import lean_linears
 from polopt.language.packing import ATTENTION, Packing, pack, packed_attention
 from polopt.language.rms_norm import fused_norms
 
+HEAD_TOKENS = 1024
+"""Tokens whose logits are held at once."""
+
 
 def evaluate_completions(
     model: Any,
@@ -32,7 +35,7 @@ def evaluate_completions(
     requires: frozenset[str],
     *,
     temperature: float = 1.0,
-    head_chunk_tokens: int = 1024,
+    head_chunk_tokens: int = HEAD_TOKENS,
     tempered: float | None = None,
     kept: int | None = None,
     value_head: nn.Module | None = None,

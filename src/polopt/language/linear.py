@@ -13,7 +13,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from polopt.engine.gradient_block import gradient_to_add_to
 from polopt.language.second_order import recorded_backward
+
+PIECE = 128
+"""Rows of a weight whose gradient is brought to its precision at once, in the cache."""
 
 
 def linear(
@@ -55,7 +59,7 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             of_x = (grads[0] @ weight.to(ctx.dtype)).to(x.dtype)
         if ctx.needs_input_grad[1]:
-            of_weight = (grad.T @ x.to(ctx.dtype).flatten(0, -2)).to(weight.dtype)
+            of_weight = _add_product(weight, grad, x.to(ctx.dtype).flatten(0, -2))
         if bias is not None and ctx.needs_input_grad[2]:
             of_bias = grad.sum(0).to(bias.dtype)
         return of_x, of_weight, of_bias, None
@@ -68,28 +72,43 @@ class _GatedLinears(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, gate: Tensor, up: Tensor, down: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(x, gate, up, down)
         ctx.dtype = dtype
-        return _plain_gated(x, gate, up, down, dtype)[0]
+        opening, opened = (_plain(x, weight, None, dtype)[0] for weight in (gate, up))
+        return _plain(nn.functional.silu(opening, inplace=True).mul_(opened), down, None, dtype)[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             return recorded_backward(_plain_gated, ctx.saved_tensors, grads, ctx.dtype)
         x, gate, up, down = (tensor.to(ctx.dtype) for tensor in ctx.saved_tensors)
-        found: list[Tensor | None] = [None] * 4
-        opening, opened = x @ gate.T, x @ up.T
+        weights = ctx.saved_tensors[1:]
+        of_weights: list[Tensor | None] = [None] * 3
+        flat, grad = x.flatten(0, -2), grads[0].flatten(0, -2)
+        opening, opened = flat @ gate.T, flat @ up.T
         active = nn.functional.silu(opening)
         if ctx.needs_input_grad[3]:
-            found[3] = grads[0].flatten(0, -2).T @ (active * opened).flatten(0, -2)
-        of_product = grads[0] @ down
+            of_weights[2] = _add_product(weights[2], grad, active * opened)
+        of_product = grad @ down
         of_opening = torch.ops.aten.silu_backward(opened.mul_(of_product), opening)
         of_opened = of_product.mul_(active)
-        for place, inner in ((1, of_opening), (2, of_opened)):
-            if ctx.needs_input_grad[place]:
-                found[place] = inner.flatten(0, -2).T @ x.flatten(0, -2)
+        for number, inner in enumerate((of_opening, of_opened)):
+            if ctx.needs_input_grad[number + 1]:
+                of_weights[number] = _add_product(weights[number], inner, flat)
+        of_x = None
         if ctx.needs_input_grad[0]:
-            found[0] = (of_opening @ gate).add_(of_opened @ up)
-        pairs = zip(found, ctx.saved_tensors, strict=True)
-        return *(None if of is None else of.to(tensor.dtype) for of, tensor in pairs), None
+            of_x = (of_opening @ gate).add_(of_opened @ up).view(x.shape).to(ctx.saved_tensors[0].dtype)
+        return of_x, *of_weights, None
+
+
+def _add_product(
+    weight: Float[Tensor, "out in"], grad: Float[Tensor, "n out"], x: Float[Tensor, "n in"]
+) -> Tensor | None:
+    """Add `grad.T @ x` to the gradient of a weight; what the backward pass returns for it."""
+    into, returned = gradient_to_add_to(weight)
+    product = grad.T @ x
+    for rows in product.split(PIECE):
+        into[: len(rows)].add_(rows)
+        into = into[len(rows) :]
+    return returned
 
 
 def _plain_gated(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, dtype: torch.dtype) -> tuple[Tensor]:
