@@ -58,36 +58,45 @@ class Coin:
 class Timed(polopt.Trainer):
     """A trainer with clocks around its update and around what it evaluates beforehand."""
 
-    def step(self) -> dict[str, float]:
-        """One iteration: its CPU seconds, and the rows that were evaluated with gradient."""
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
         self.seconds: dict[str, float] = {}
         self.rows = 0
-        evaluate = self.actor.evaluate
+        self.update: Any = self._clocked(self.update)
+        self.actor.evaluate = self._counted(self.actor.evaluate)
 
-        def counted(batch: Batch, *given: Any, **options: Any) -> Any:
-            self.rows += len(batch) if torch.is_grad_enabled() else 0
-            return evaluate(batch, *given, **options)
-
-        self.actor.evaluate = counted
+    def step(self) -> dict[str, float]:
+        """One iteration: its CPU seconds, and the rows that were evaluated with gradient."""
+        self.seconds, self.rows = {"evaluation": 0.0}, 0
         started = time.process_time()
         metrics, _ = self.iterate()
         total = time.process_time() - started
         self.seconds["kept_tokens"] /= metrics["tokens"]
-        self.actor.evaluate = evaluate
         return {"rows": self.rows, "iteration": total, **self.seconds}
 
-    def _with_evaluations(self, batch: Batch) -> Batch:
-        return self._clocked("evaluation", super()._with_evaluations, batch)
+    def _clocked(self, update: Callable[..., Any]) -> Callable[..., Any]:
+        def call(batch: Batch, *given: Any) -> Any:
+            self.seconds["kept_tokens"] = float((batch.mask & (batch.weights > 0)).sum())
+            started = time.process_time()
+            result = update(batch, *given)
+            self.seconds["update"] = time.process_time() - started
+            return result
 
-    def _update(self, batch: Batch) -> Any:
-        self.seconds["kept_tokens"] = float((batch.mask & (batch.weights > 0)).sum())
-        return self._clocked("update", super()._update, batch)
+        return call
 
-    def _clocked(self, name: str, work: Callable[[Batch], Any], batch: Batch) -> Any:
-        started = time.process_time()
-        result = work(batch)
-        self.seconds[name] = time.process_time() - started
-        return result
+    def _counted(self, evaluate: Callable[..., Any]) -> Callable[..., Any]:
+        """The rows of passes with gradient, the seconds of those without, all of which come before the update."""
+
+        def call(batch: Batch, *given: Any, **options: Any) -> Any:
+            started = time.process_time()
+            result = evaluate(batch, *given, **options)
+            if torch.is_grad_enabled():
+                self.rows += len(batch)
+            else:
+                self.seconds["evaluation"] += time.process_time() - started
+            return result
+
+        return call
 
 
 def trainer(selection: str | None, options: argparse.Namespace) -> Timed:
@@ -126,7 +135,7 @@ def main() -> None:
         print(
             f"{name:7s} {found['rows']:5.0f} rows evaluated, {found['kept_tokens']:4.0%} of the tokens kept, update "
             f"{found['update']:6.2f} s ({found['update_relative_to_grpo']:.2f} of GRPO's), evaluation before it "
-            f"{found.get('evaluation', 0.0):5.2f} s, iteration {found['iteration']:6.2f} s"
+            f"{found['evaluation']:5.2f} s, iteration {found['iteration']:6.2f} s"
         )
     if options.out:
         given = {key: value for key, value in vars(options).items() if key != "out"}

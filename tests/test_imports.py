@@ -27,7 +27,7 @@ ALLOWED = {
     "method": CONTRACT | {"parts"},
     "registry": {"method", "methods", "parts", "settings"},
     "methods": CONTRACT | {"method", "parts", "registry"},
-    "engine": CONTRACT | {"method", "parts"},
+    "engine": CONTRACT | {"domain", "method", "parts", "trainer_config"},
     "trainer_config": {"settings"},
     "trainer": DOMAIN | {"method", "parts", "trainer_config"},
     "miniature": DOMAIN,

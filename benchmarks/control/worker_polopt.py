@@ -28,7 +28,7 @@ def train(env: str, seed: int, iterations: int) -> dict[str, float]:
     trainer: Any = build(config)
     seconds: Counter[str] = Counter()
     timed(trainer, "_collect", seconds)
-    timed(trainer, "_update", seconds)
+    timed(trainer, "update", seconds)
     timed(VectorEnvironments, "step", seconds)
     timed(VectorEnvironments, "restart", seconds)
     started = time.process_time()
@@ -40,7 +40,7 @@ def train(env: str, seed: int, iterations: int) -> dict[str, float]:
         "steps_per_second": iterations * PER_ITERATION / total,
         "stepping_share": stepping / total,
         "acting_share": (seconds["_collect"] - stepping) / total,
-        "update_share": seconds["_update"] / total,
+        "update_share": seconds["update"] / total,
         "return": trainer.score()["score"],
         "bound": simulator(env, seed),
     }

@@ -63,7 +63,7 @@ def state(run: Trainer, without: str = "-") -> dict[str, torch.Tensor]:
 def a_minibatch(run: Trainer) -> Batch:
     draws = torch.Generator().manual_seed(0)
     assert isinstance(run.actor, OffPolicyActor)
-    return run.actor.redraw(run.buffer.draw(8, draws), draws)
+    return run.actor.redraw(run.update.buffer.draw(8, draws), draws)
 
 
 @pytest.mark.parametrize("slots", [{}, {"method": "mdpo-off", "surrogate": MIRROR}], ids=["sac", "mdpo"])
@@ -78,9 +78,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(slots: dict[str, Any], tmp_path:
     for run in (whole, first, second):
         close(run)
     assert second.iteration == whole.iteration == 4
-    assert len(whole.buffer) == 50 and whole.buffer.seen == 80
+    assert len(whole.update.buffer) == 50 and whole.update.buffer.seen == 80
     same(state(second), state(whole))
-    same(second.buffer.state_dict()["columns"], whole.buffer.state_dict()["columns"])
+    same(second.update.buffer.state_dict()["columns"], whole.update.buffer.state_dict()["columns"])
 
 
 def test_equal_weights_of_entropy_and_divergence_are_soft_actor_critic_to_the_bit() -> None:

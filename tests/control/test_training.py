@@ -9,6 +9,7 @@ import torch
 from polopt.cli import main
 from polopt.cli.building import build, close
 from polopt.config import RunConfig
+from polopt.engine.minibatches import cuts_decisions
 from polopt.trainer import Trainer
 
 METHODS = [
@@ -104,7 +105,7 @@ def stopping_after(run: Trainer, iterations: int) -> Any:
     def stopping() -> Any:
         found = iterate()
         if run.iteration == iterations:
-            run._stop.set()
+            run.interrupt.asked = True
         return found
 
     return stopping
@@ -131,7 +132,7 @@ def test_surrogates_take_the_place_of_ppos(surrogate: str) -> None:
         "", domain="control", method="ppo", surrogate=surrogate, control={"horizon": 24}
     )
     run = build(config)
-    assert run.config.minibatches == (32 if run.cuts_decisions else 8)
+    assert run.config.minibatches == (32 if cuts_decisions(run.actor, run.method) else 8)
     run.iterate()
     close(run)
 

@@ -6,7 +6,14 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from polopt.domain import Actor
 from polopt.functional.groups import Groups
+from polopt.method import Method
+
+
+def cuts_decisions(actor: Actor, method: Method) -> bool:
+    """Minibatches are of decisions, not of trajectories: neither the policy nor the loss needs them together."""
+    return actor.independent_decisions and method.decision_wise
 
 
 def minibatches(

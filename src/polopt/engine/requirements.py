@@ -1,12 +1,38 @@
 """What a method needs of a run, refused before anything runs."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from polopt.batch import EVALUATED
-from polopt.engine.scores import SCORES
+from polopt.domain import Actor
+from polopt.engine.gradient import DIFFERENTIABLE
+from polopt.engine.minibatches import cuts_decisions
+from polopt.engine.ranks import Ranks
+from polopt.engine.scores import SCORES, check_scores
 from polopt.errors import ConfigError
 from polopt.method import Method
+from polopt.trainer_config import TrainerConfig
+
+
+def check_run(method: Method, actor: Actor, config: TrainerConfig, ranks: Ranks) -> None:
+    """Refuse a run that cannot work.
+
+    Args:
+        method: what to descend.
+        actor: the policy in its domain.
+        config: the sizes of the run, with the method's defaults.
+        ranks: the processes of the run.
+
+    Raises:
+        ConfigError: the method needs what the actor or the configuration cannot give.
+    """
+    check_requirements(method, actor.domain, actor.provides, actor.own_rollouts)
+    check_off_policy(method, config)
+    check_optimizer(method, config)
+    rows = config.prompts * config.rollouts
+    for name in sorted(method.requires & SCORES):
+        check_scores(name, rows, 1, actor.module, ranks)
+    if config.minibatches > rows and not cuts_decisions(actor, method):
+        raise ConfigError(
+            f"trainer.minibatches = {config.minibatches}: more than the rollouts of an iteration"
+        )
 
 
 def check_requirements(method: Method, domain: str, provides: frozenset[str], own_rollouts: bool) -> None:
@@ -37,18 +63,18 @@ def check_requirements(method: Method, domain: str, provides: frozenset[str], ow
         )
 
 
-def check_off_policy(method: Method, sizes: Mapping[str, Any]) -> None:
+def check_off_policy(method: Method, config: TrainerConfig) -> None:
     """Refuse a replay buffer where it makes no sense, and a method that needs one without it.
 
     Args:
         method: the method.
-        sizes: the trainer's settings by name.
+        config: the sizes of the run, with the method's defaults.
 
     Raises:
         ConfigError: the one without the other, a part that cannot work on decisions of earlier policies, or a setting that
             does not fit.
     """
-    name, size = method.surrogate.name, sizes["buffer_size"]
+    name, size = method.surrogate.name, config.buffer_size
     if method.off_policy and not size:
         raise ConfigError(
             f"trainer.buffer_size = 0: surrogate {name} needs replayed decisions; set it, to 1000000 for instance"
@@ -69,8 +95,33 @@ def check_off_policy(method: Method, sizes: Mapping[str, Any]) -> None:
             f"optimizer {optimizer.name}: needs whole rollouts, not a replay buffer; use --optimizer default"
         )
     for setting, needed in (("epochs", 1), ("minibatches", 1), ("replay", 1), ("sharding", "none")):
-        if sizes[setting] != needed:
+        if (given := getattr(config, setting)) != needed:
             raise ConfigError(
-                f"trainer.{setting} = {sizes[setting]!r}: a replay buffer needs {needed!r}; update_ratio sets the number of "
+                f"trainer.{setting} = {given!r}: a replay buffer needs {needed!r}; update_ratio sets the number of "
                 "steps, and target networks follow whole parameters"
             )
+
+
+def check_optimizer(method: Method, config: TrainerConfig) -> None:
+    """Refuse an optimizer that needs another loss or another division of the data.
+
+    Args:
+        method: the method.
+        config: the sizes of the run, with the method's defaults.
+
+    Raises:
+        ConfigError: naming what the optimizer needs.
+    """
+    optimizer, c = method.optimizer, config
+    if optimizer.per_group_gradients and not method.separable:
+        raise ConfigError(f"optimizer {optimizer.name}: needs a loss that is a sum over trajectories")
+    if optimizer.averages_rollouts and c.epochs * c.minibatches * c.replay > 1:
+        raise ConfigError(
+            f"optimizer {optimizer.name}: needs trainer.epochs, minibatches and replay of 1, one step per rollout"
+        )
+    others = method.evaluated.intersection(DIFFERENTIABLE) - {"logp", "entropy"}
+    if optimizer.second_rollout and (others or not method.separable or c.sharding != "none"):
+        raise ConfigError(
+            f"optimizer {optimizer.name}: needs whole parameters, and a loss that is a sum over trajectories of "
+            "functions of logp and entropy"
+        )

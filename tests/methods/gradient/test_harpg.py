@@ -12,6 +12,7 @@ from torch.testing import assert_close
 import polopt
 from polopt.batch import Evaluation
 from polopt.engine.hessian import evaluation_product
+from polopt.engine.step import SecondRollout
 from polopt.errors import ConfigError
 from polopt.methods.gradient.harpg import HARPG, corrected
 from polopt.methods.gradient.n_pg_igt import (
@@ -233,17 +234,18 @@ def test_the_gradient_of_the_first_rollout_is_left_in_place_by_the_second() -> N
     run = trainer("harpg")
     run.iterate()
     held: list[Tensor] = []
+    hessian_product = run.stepper._hessian_product
 
-    def product(direction: Sequence[Tensor]) -> list[Tensor]:
+    def product(second_rollout: SecondRollout, direction: Sequence[Tensor]) -> list[Tensor]:
         trained = [p.grad for p in run.parameters if p.grad is not None]
         before = [grad.clone() for grad in trained]
-        found = polopt.Trainer._hessian_product(run, direction)
+        found = hessian_product(second_rollout, direction)
         now = [p.grad for p in run.parameters if p.grad is not None]
         assert all(map(torch.equal, before, now)) and len(before) == len(now)
         held.extend(found)
         return found
 
-    run._hessian_product = product
+    run.stepper._hessian_product = product
     run.iterate()
     assert joint_norm(held) > 0
 
