@@ -20,16 +20,15 @@ from torch import Tensor
 
 from polopt.batch import Evaluation
 from polopt.engine.hessian import evaluation_product
-from polopt.methods.gradient.harpg import corrected
-from polopt.methods.gradient.n_pg_igt import (
+from polopt.methods.gradient.gradient_average import (
     averaged,
     averaging_weight,
     decayed,
     extrapolated,
-    score_objective,
-    step_weights,
     transport_share,
 )
+from polopt.methods.gradient.harpg import corrected
+from polopt.methods.gradient.n_pg_igt import score_objective, step_weights
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from polopt.batch import Batch, Evaluation
 from polopt.domain import Plan, Rollout
 from polopt.method import Method
 from polopt.methods.classics.ppo import GAE, PPOClip, ValueLoss
-from polopt.methods.preference.orpo_chi2 import ActionDivergence, ActionSqrtChi2, OccupancyPenalty
+from polopt.methods.preference.orpo_chi2 import ActionDivergence, ActionSqrtChi2
+from polopt.methods.preference.orpo_occupancy import OccupancyPenalty
 from polopt.parts import Draw, Regularizer, Shaping
 
 EPISODES, HORIZON, ITERATIONS, LAST = 24, 100, 60, 10

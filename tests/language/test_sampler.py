@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from polopt.errors import ConfigError
+from polopt.language.completions import SamplingConfig
 from polopt.language.prefix_cache import PrefixCache
 from polopt.language.replica import PackedLinear
-from polopt.language.sampler import CompletionSampler, SamplingConfig
+from polopt.language.sampler import CompletionSampler
 
 transformers = pytest.importorskip("transformers")
 

@@ -20,6 +20,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from polopt.batch import Batch, concatenate
+from polopt.engine.launch import check_launch, connect
 from polopt.engine.sharding import Evaluated, full, full_state, gathered, load_full_state, shard_module
 from polopt.errors import ConfigError, PoloptError
 
@@ -65,9 +66,9 @@ class Ranks:
             raise ConfigError(f"sharding = {sharding!r}: allowed: {', '.join(get_args(Sharding))}")
         joined = dist.is_available() and dist.is_initialized()
         world = dist.get_world_size() if joined else int(os.environ.get("WORLD_SIZE", "1"))
-        _check_start(world, expected, sharding)
+        check_launch(world, expected, sharding)
         if world > 1 and not joined:
-            _connect(world)
+            connect(world)
         return cls(dist.get_rank() if world > 1 else 0, world, sharding)
 
     @property
@@ -257,37 +258,6 @@ class Ranks:
         total = self.sum(torch.cat([grad.flatten() for grad in grads]).to(precise))
         for parameter, part in zip(parameters, total.split([p.numel() for p in parameters]), strict=True):
             parameter.grad = part.view_as(parameter).to(parameter.dtype)
-
-
-def _check_start(world: int, expected: int | None, sharding: str) -> None:
-    asked_in_vain = world == 1 and {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys()
-    has = f"this run has {world} process{'es' * (world > 1)}"
-    if asked_in_vain:
-        has += " (`accelerate launch --cpu` starts one, whatever its --num_processes)"
-    start = (
-        "start it with `torchrun --nproc-per-node {0}` or `accelerate launch --multi_gpu --num_processes {0}`"
-    )
-    if expected is not None and expected != world:
-        raise ConfigError(f"ranks = {expected}: {has}; {start.format(expected)} (neither needs a GPU)")
-    if expected is None and asked_in_vain:
-        raise ConfigError(f"ranks: {has}; {start.format('N')} (neither needs a GPU), or set ranks = 1")
-    if sharding != "none" and world == 1:
-        raise ConfigError(
-            f"sharding = {sharding!r}: {has}, nothing to shard over; {start.format('N')}, or use 'none'"
-        )
-
-
-def _connect(world: int) -> None:
-    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if missing:
-        raise ConfigError(
-            f"WORLD_SIZE = {world}, but {', '.join(missing)} not set: start the run with `torchrun`"
-        )
-    backend = "gloo"
-    if torch.cuda.is_available():
-        backend = "cpu:gloo,cuda:nccl"
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group(backend)
 
 
 def _split(micro_batches: list[Tensor], lengths: Tensor, world: int) -> list[Tensor]:

@@ -17,11 +17,12 @@ from polopt.domain import Plan, Rollout
 from polopt.engine.gradient import evaluate_rows
 from polopt.engine.memory import return_free_memory
 from polopt.engine.ranks import Ranks
+from polopt.language.completions import Completions, SamplingConfig
 from polopt.language.config import LanguageConfig
 from polopt.language.evaluation import evaluate_completions, micro_batches
 from polopt.language.model import LanguageModel, Lora, load_language_model
 from polopt.language.prompts import encode_prompt
-from polopt.language.sampler import Completions, CompletionSampler, SamplingConfig
+from polopt.language.sampler import CompletionSampler
 from polopt.language.scoring import score_statistics
 from polopt.language.stored import stored_completions, stored_scores
 from polopt.language.task_mixture import Mixture

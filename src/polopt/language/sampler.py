@@ -8,79 +8,22 @@ with.
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from polopt.errors import ConfigError
 from polopt.language.attention import replaced_attention
-from polopt.language.drawing import Draw, draw_tokens
+from polopt.language.completions import Completions, SamplingConfig
+from polopt.language.drawing import draw_tokens
 from polopt.language.prefix_cache import PrefixCache
 from polopt.language.replica import Replica
 from polopt.language.stopping import StopCondition
 
 PREFILL_TOKENS = 4096
 """Prompt tokens in one forward pass, or a single longer prompt; bounds memory."""
-
-
-@dataclass(frozen=True)
-class SamplingConfig:
-    """How completions are drawn.
-
-    Raises:
-        ConfigError: a value is out of range.
-    """
-
-    max_new_tokens: int
-    """Longest completion, in tokens."""
-    temperature: float = 1.0
-    """What logits are divided by; 0 takes the likeliest token."""
-    top_p: float = 1.0
-    """Share of the probability that is kept, in (0, 1]."""
-    top_k: int = 0
-    """Number of tokens that are kept; 0: all."""
-    stop: tuple[str, ...] = ()
-    """Strings that end a completion; the token that completes one is its last."""
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens = {self.max_new_tokens}: must be at least 1")
-        if not 0 <= self.temperature < float("inf"):
-            raise ConfigError(
-                f"temperature = {self.temperature}: must be finite and at least 0 (0 is greedy)"
-            )
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p = {self.top_p}: must be in (0, 1]; 1 keeps all tokens")
-        if self.top_k < 0:
-            raise ConfigError(f"top_k = {self.top_k}: must be at least 0; 0 keeps all tokens")
-        if isinstance(self.stop, str) or "" in self.stop:
-            raise ConfigError(f"stop = {self.stop!r}: must be a tuple of strings that are not empty")
-
-    @property
-    def truncates(self) -> bool:
-        """Whether tokens are drawn from a truncation of the policy."""
-        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1)
-
-
-@dataclass(frozen=True)
-class Completions:
-    """N completions of at most T tokens: first those of prompt 0, then those of prompt 1, ... Zeros outside `mask`."""
-
-    tokens: Int[Tensor, "N T"]
-    """Drawn tokens, with the one that ended the completion."""
-    mask: Bool[Tensor, "N T"]
-    """True on drawn tokens."""
-    logp: Float[Tensor, "N T"]
-    """Log-probability under softmax(logits / temperature), whole vocabulary, in nats; at temperature 0 it is 0."""
-    sampler_logp: Float[Tensor, "N T"]
-    """Log-probability under the distribution that was drawn from; the same tensor as `logp` without truncation."""
-    entropy: Float[Tensor, "N T"]
-    """Entropy of softmax(logits / temperature), whole vocabulary, in nats."""
-    finished: Bool[Tensor, " N"]
-    """Ended by an end-of-sequence token or a stop string, not by the limit."""
 
 
 class CompletionSampler:
@@ -140,7 +83,9 @@ class CompletionSampler:
         """
         _check_call(self.model, prompts, counts, config, uniforms)
         weight = next(p for p in self.model.parameters() if not p.is_meta)
-        out = _blank(len(uniforms), config, torch.promote_types(weight.dtype, torch.float32), weight.device)
+        out = Completions.blank(
+            len(uniforms), config, torch.promote_types(weight.dtype, torch.float32), weight.device
+        )
         stop = StopCondition(self.model, self.tokenizer, config.stop)
         wanted = [(tuple(prompt), count) for prompt, count in zip(prompts, counts, strict=True) if count]
         distinct = sorted({prompt for prompt, _ in wanted}, key=lambda prompt: (len(prompt), prompt))
@@ -182,7 +127,7 @@ class CompletionSampler:
                     top_k=config.top_k,
                     top_p=config.top_p,
                 )
-                _write(out, rows, step, draw)
+                out.write(rows, step, draw)
                 over = stop(out.tokens[rows, : step + 1])
                 out.finished[rows[over]] = True
                 if step + 1 == config.max_new_tokens or bool(over.all()):
@@ -223,30 +168,6 @@ class CompletionSampler:
         """Logits after the tokens of a packed sequence, or after those of them at `keep`."""
         inputs = {"input_ids": tokens.unsqueeze(0), "position_ids": positions.unsqueeze(0)}
         return self.model(**inputs, use_cache=False, logits_to_keep=keep).logits[0]
-
-
-def _blank(rows: int, config: SamplingConfig, dtype: torch.dtype, device: torch.device) -> Completions:
-    def zeros(kind: torch.dtype) -> Tensor:
-        return torch.zeros(rows, config.max_new_tokens, dtype=kind, device=device)
-
-    logp = zeros(dtype)
-    return Completions(
-        tokens=zeros(torch.int64),
-        mask=zeros(torch.bool),
-        logp=logp,
-        sampler_logp=zeros(dtype) if config.truncates else logp,
-        entropy=zeros(dtype),
-        finished=torch.zeros(rows, dtype=torch.bool, device=device),
-    )
-
-
-def _write(out: Completions, rows: Int[Tensor, " R"], step: int, draw: Draw) -> None:
-    out.mask[rows, step] = True
-    out.tokens[rows, step] = draw.tokens
-    out.logp[rows, step] = draw.logp
-    out.entropy[rows, step] = draw.entropy
-    if out.sampler_logp is not out.logp:
-        out.sampler_logp[rows, step] = draw.sampler_logp
 
 
 @contextmanager

@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from polopt.errors import ConfigError
+from polopt.language.completions import Completions
 from polopt.language.examples import Example
-from polopt.language.sampler import Completions
 
 COMPLETIONS, SCORES = "completions", "scores"
 """Columns of the data: for each prompt a list of texts and, if there are any, a list of numbers."""

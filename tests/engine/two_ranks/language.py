@@ -9,8 +9,8 @@ from polopt.batch import Batch
 from polopt.engine.gradient import backward
 from polopt.engine.ranks import Ranks
 from polopt.language.actor import LanguageActor
+from polopt.language.completions import SamplingConfig
 from polopt.language.config import LanguageConfig
-from polopt.language.sampler import SamplingConfig
 from tests.engine.test_gradient import OBJECTIVES, assert_same
 from tests.engine.two_ranks.sharded import whole_gradients
 

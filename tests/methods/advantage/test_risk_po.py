@@ -15,9 +15,9 @@ from polopt.methods.advantage.risk_po import (
     MixedValueAtRisk,
     bundles,
     mixed_value_at_risk,
-    released_advantage,
     track,
 )
+from polopt.methods.advantage.risk_po_released import released_advantage
 
 SCORES = torch.linspace(-3, 6, 181, dtype=torch.float64)
 A, B = -0.5, 2.0

@@ -14,11 +14,11 @@ from polopt.batch import Evaluation
 from polopt.engine.hessian import evaluation_product
 from polopt.engine.step import SecondRollout
 from polopt.errors import ConfigError
+from polopt.methods.gradient.gradient_average import joint_norm
 from polopt.methods.gradient.harpg import HARPG, corrected
 from polopt.methods.gradient.n_pg_igt import (
     NormalizedMomentum,
     VanillaPolicyGradient,
-    joint_norm,
     score_objective,
     step_weights,
 )

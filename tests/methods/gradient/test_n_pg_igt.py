@@ -13,14 +13,13 @@ import polopt
 from polopt.batch import Batch
 from polopt.engine.run_folder import read_metrics
 from polopt.errors import ConfigError
+from polopt.methods.gradient.gradient_average import GradientAverage, joint_norm
 from polopt.methods.gradient.n_pg_igt import (
     NPGIGT,
     AveragedAscent,
     DiscountedToGo,
-    GradientAverage,
     NormalizedMomentum,
     VanillaPolicyGradient,
-    joint_norm,
     score_objective,
     step_weights,
 )

@@ -20,7 +20,6 @@ from polopt.functional.divergence import gaussian_kl
 from polopt.methods.preference.orpo_chi2 import (
     ActionDivergence,
     ActionSqrtChi2,
-    OccupancyPenalty,
     SequenceChi2,
     SequenceChi2Reward,
     sampled_action_divergence,
@@ -46,6 +45,7 @@ from polopt.methods.preference.orpo_divergences import (
     sampled_penalty,
     sequence_divergence,
 )
+from polopt.methods.preference.orpo_occupancy import OccupancyPenalty
 from polopt.miniature import SumModActor, SumModTask
 from polopt.testing import check_method, random_batch
 from polopt.testing.subject import draws

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from polopt.batch import Evaluation
 from polopt.engine.hessian import evaluation_product
+from polopt.methods.gradient.gradient_average import GradientAverage
 from polopt.methods.gradient.harpg import HARPG
-from polopt.methods.gradient.n_pg_igt import NPGIGT, GradientAverage, score_objective, step_weights
+from polopt.methods.gradient.n_pg_igt import NPGIGT, score_objective, step_weights
 from tests.vectors.adapters.common import Values
 
 

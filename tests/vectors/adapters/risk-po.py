@@ -2,7 +2,8 @@
 
 import torch
 
-from polopt.methods.advantage.risk_po import BundleClip, mixed_value_at_risk, released_advantage, track
+from polopt.methods.advantage.risk_po import BundleClip, mixed_value_at_risk, track
+from polopt.methods.advantage.risk_po_released import released_advantage
 from tests.vectors.adapters.common import Values, batch_of, first_rows, loss_and_gradient, set_advantages
 
 

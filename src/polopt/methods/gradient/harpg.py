@@ -52,7 +52,8 @@ from torch import Tensor, nn
 
 from polopt.method import Method
 from polopt.methods.classics.reinforce import ScoreFunction
-from polopt.methods.gradient.n_pg_igt import DiscountedToGo, GradientAverage, transport_share
+from polopt.methods.gradient.gradient_average import GradientAverage, transport_share
+from polopt.methods.gradient.n_pg_igt import DiscountedToGo
 from polopt.parts import Draw, HessianProduct, Optimizer
 from polopt.registry import register, register_recipe
 from polopt.settings import Settings
