@@ -342,7 +342,7 @@ def test_further_rewards_are_counted_apart(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_methods_lists_every_recipe_and_part(capsys: pytest.CaptureFixture[str]) -> None:
-    found = json.loads(shown(capsys, ["methods", "--json"]))
+    found = json.loads(shown(capsys, ["methods", "--json"]), parse_constant=lambda name: pytest.fail(name))
     grpo = next(recipe for recipe in found["recipes"] if recipe["name"] == "grpo")
     assert (grpo["arxiv"], grpo["slots"]["advantage"], grpo["slots"]["surrogate"]) == (
         "2402.03300",
@@ -353,6 +353,7 @@ def test_methods_lists_every_recipe_and_part(capsys: pytest.CaptureFixture[str])
         "epochs": 4,
         "minibatches": 4,
     }
+    assert next(r for r in found["recipes"] if r["name"] == "sac")["defaults"]["max_grad_norm"] == "Infinity"
     ppo = next(part for part in found["slots"]["surrogate"] if part["name"] == "ppo")
     clip = next(option for option in ppo["options"] if option["name"] == "clip_high")
     assert (clip["type"], clip["default"]) == ("float", 0.2) and "ratios" in clip["description"].lower()

@@ -1,6 +1,7 @@
 """Configurations: what is refused and how, and that files, flags and Python say the same."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -90,6 +91,12 @@ BAD: dict[str, Bad] = {
     "epochs zero": ({"trainer": {"epochs": 0}}, ["--epochs", "0"], ["epochs", "0"]),
     "seed negative": ({"trainer": {"seed": -3}}, ["--seed", "-3"], ["seed", "-3"]),
     "gradient norm negative": ({"trainer": {"max_grad_norm": -1}}, ["--max-grad-norm", "-1"], ["norm", "-1"]),
+    "gradient norm not a number": (
+        {"trainer": {"max_grad_norm": float("nan")}}, ["--max-grad-norm", "nan"], ["norm", "nan"],
+    ),
+    "a boolean among the layers": (
+        {"domain": "control", "control": {"hidden": [True, 64]}}, [], ["control.hidden", "no boolean"],
+    ),
     "keep zero": ({"trainer": {"keep": 0}}, ["--keep", "0"], ["keep", "0"]),
     "schedule unknown": (
         {"trainer": {"lr_schedule": "cosin"}}, ["--lr-schedule", "cosin"], ["schedule", "cosin", "cosine"],
@@ -355,6 +362,13 @@ run_values = st.fixed_dictionaries(
 def test_toml_round_trip(values: dict[str, Any]) -> None:
     config = configure(values)
     assert configure(tomllib.loads(to_toml(config))) == config
+
+
+def test_no_clipping_is_infinity_in_every_form_of_a_configuration() -> None:
+    given = configure({"trainer": {"max_grad_norm": "inf"}})
+    assert given.trainer.max_grad_norm == math.inf
+    assert "max_grad_norm = inf\n" in to_toml(given)
+    assert configure(tomllib.loads(to_toml(given))) == given
 
 
 KEYS = [(key,) for key in RunConfig.model_fields] + [

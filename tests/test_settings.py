@@ -86,6 +86,10 @@ class Numbers(Settings):
     """Number."""
     either: bool | int = 0
     """Both."""
+    several: list[int] | None = None
+    """Integers."""
+    flags: list[bool] = []
+    """Booleans."""
 
 
 @pytest.mark.parametrize("field", ["whole", "share"])
@@ -93,3 +97,9 @@ def test_booleans_are_no_numbers(field: str) -> None:
     with pytest.raises(ConfigError, match=f"^part.{field} = True: takes no boolean$"):
         Numbers.create("part", **{field: True})
     assert Numbers(either=True).either is True
+
+
+def test_booleans_are_no_numbers_of_a_list() -> None:
+    with pytest.raises(ConfigError, match=r"^part.several = \[True, 64\]: takes no boolean$"):
+        Numbers.create("part", several=[True, 64])
+    assert Numbers(several=[1, 64], flags=[True]).flags == [True]

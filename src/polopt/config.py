@@ -224,6 +224,8 @@ def _toml_key(name: str) -> str:
 def _toml_value(value: Any) -> str:
     if isinstance(value, list):
         return f"[{', '.join(map(_toml_value, value))}]"
+    if isinstance(value, float) and math.isinf(value):
+        return str(value)  # TOML has infinity, JSON has not
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 

@@ -124,6 +124,9 @@ class Actor(Protocol):
 class ReplayActor(Actor, Protocol):
     """A policy that off-policy methods train on decisions from a replay buffer."""
 
+    horizon: int
+    """Decisions of each of its rollouts."""
+
     def redraw(self, batch: Batch, draws: torch.Generator) -> Batch:
         """The decisions with the noise by which `evaluate` draws new ones in their place."""
         ...

@@ -111,7 +111,9 @@ def recipe(name: str, domain: str | None = None, **slots: Any) -> Method:
         raise ConfigError(f"method = {name!r}: unknown; {nearest(name, list(known))}")
     domains = recipe_domains(name)
     if domain and domains and domain not in domains:
-        raise ConfigError(f"method = {name!r}: works on {', '.join(sorted(domains))}, not on {domain}")
+        raise ConfigError(
+            f"method = {name!r}: works on {', '.join(sorted(domains))}, not on {domain}; use --domain {min(domains)}"
+        )
     method = _recipes[name].get(domain, known[name])()
     method.name = name
     if unknown := sorted(set(slots) - set(SLOTS)):

@@ -2,7 +2,7 @@
 
 import tomllib
 from difflib import get_close_matches
-from typing import Any, Self, get_args
+from typing import Any, Self, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails
@@ -49,11 +49,18 @@ class Settings(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _numbers_are_not_booleans(cls, value: Any, info: ValidationInfo) -> Any:
-        annotation = cls.model_fields[str(info.field_name)].annotation
-        types = {annotation, *get_args(annotation)}
-        if isinstance(value, bool) and types & {int, float} and bool not in types:
+        if _passes_for_a_number(value, cls.model_fields[str(info.field_name)].annotation):
             raise ValueError("takes no boolean")
         return value
+
+
+def _passes_for_a_number(value: Any, annotation: Any) -> bool:
+    """Whether the value, or one in the list that it is, is a boolean where the annotation means a number."""
+    types = {annotation, *get_args(annotation)}
+    if isinstance(value, bool):
+        return bool(types & {int, float}) and bool not in types
+    items = [kind for of in types if get_origin(of) is list for kind in get_args(of)]
+    return isinstance(value, list) and any(_passes_for_a_number(v, kind) for v in value for kind in items)
 
 
 def _clearest(errors: list[ErrorDetails]) -> ErrorDetails:

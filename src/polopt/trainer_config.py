@@ -37,8 +37,8 @@ class TrainerConfig(Settings):
     """Course of the learning rate after the warm-up."""
     lr_warmup: int = Field(default=0, ge=0)
     """Iterations of linear warm-up of the learning rate."""
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    """Gradients are scaled down to this norm."""
+    max_grad_norm: float = Field(default=1.0, gt=0, allow_inf_nan=True)
+    """Gradients are scaled down to this norm; inf: they are left as they are."""
     seed: int = Field(default=0, ge=0)
     """Seed of every draw of the run."""
     score_every: int = Field(default=0, ge=0)

@@ -1,5 +1,7 @@
 """Off-policy methods in environments: exact resume, the reduction to soft actor-critic, gradients, refusals, learning."""
 
+import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch.testing import assert_close
 from polopt.batch import Batch
 from polopt.cli import main
 from polopt.cli.building import build, close
-from polopt.config import RunConfig
+from polopt.config import RunConfig, configure
 from polopt.control.networks import CRITIC, POLICY
 from polopt.control.off_policy_actor import OffPolicyActor
 from polopt.control.off_policy_networks import OffPolicyNetworks
@@ -236,6 +238,16 @@ def test_nothing_is_learned_before_learning_starts_and_as_often_as_asked_after()
         ({"trainer": {"epochs": 4}}, "trainer.epochs = 4: a replay buffer needs 1"),
         ({"trainer": {"sharding": "fsdp2"}}, "sharding = 'fsdp2'"),
         ({"task": "CartPole-v1"}, "task = 'CartPole-v1': its actions are Discrete"),
+        ({"task": "CartPole-v1"}, "--env Pendulum-v1"),
+        (
+            {"domain": "language", "task": "builtin:largest"},
+            "method = 'sac': works on control, not on language; use --domain control",
+        ),
+        (
+            {"trainer": {"learning_starts": 81}},
+            "trainer.learning_starts = 81: the run collects 80 decisions only",
+        ),
+        ({"trainer": {"learning_starts": 81}}, "at most 80, or trainer.iterations to at least 5"),
         ({"task": "polopt/LQR-v0"}, "off-policy methods need continuous actions with bounds"),
         ({"control": {"distribution": "gaussian"}}, "control.distribution = 'gaussian'"),
         ({"control": {"normalize_rewards": True}}, "control.normalize_rewards = true"),
@@ -248,9 +260,33 @@ def test_what_makes_no_sense_is_refused_in_one_line(options: dict[str, Any], rea
     assert reason in str(refusal.value) and "\n" not in str(refusal.value)
 
 
+def test_the_last_iteration_alone_may_learn() -> None:
+    run = trainer(trainer={"learning_starts": 80})
+    assert [run.iterate()[0]["updates"] for _ in range(4)] == [0.0, 0.0, 0.0, 20.0]
+    close(run)
+
+
+def test_a_run_that_only_scores_needs_no_decisions() -> None:
+    run = trainer(trainer={"iterations": 0})
+    close(run)
+
+
+def test_unclipped_gradients_are_standard_json_in_the_run_folder_and_come_back(tmp_path: Path) -> None:
+    run = trainer(tmp_path, trainer={"iterations": 1})
+    run.run()
+    close(run)
+    assert run.config.max_grad_norm == math.inf
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    found = json.loads((tmp_path / "config.json").read_text(), parse_constant=refuse)
+    assert configure(found).trainer.max_grad_norm == math.inf
+
+
 def test_a_methods_defaults_go_before_the_domains_and_the_users_before_both() -> None:
     made = {"method": "sac", "domain": "control", "task": "Pendulum-v1"}
-    for given, norm in (({}, 1e6), ({"max_grad_norm": 0.5}, 0.5)):
+    for given, norm in (({}, math.inf), ({"max_grad_norm": 0.5}, 0.5)):
         run = build(RunConfig.create("", trainer=given, **made))
         close(run)
         assert run.config.max_grad_norm == norm and run.config.score_prompts == 16

@@ -72,7 +72,9 @@ def _parser(command: str, description: str) -> Parser:
 
 
 def _write(found: Any) -> int:
-    sys.stdout.write(json.dumps(found, indent=1) + "\n")
+    from polopt.engine.run_folder import strict
+
+    sys.stdout.write(json.dumps(strict(found, "listing"), indent=1, allow_nan=False) + "\n")
     return 0
 
 

@@ -119,7 +119,7 @@ def _check(task: ControlTask, config: ControlConfig) -> None:
     if not bounded or not task.action_space.is_bounded():
         raise ConfigError(
             f"task = {task.name!r}: its actions are {task.action_space}; off-policy methods need continuous actions with "
-            "bounds, as Pendulum-v1 has them"
+            "bounds; choose another, --env Pendulum-v1 for instance"
         )
     if len(task.observation_space.shape) != 1:
         raise ConfigError(f"task = {task.name!r}: observes images; off-policy methods need vectors")

@@ -9,7 +9,7 @@ from typing import Any, Protocol, Self
 
 from polopt.engine import checkpoint
 from polopt.engine.ranks import Ranks
-from polopt.engine.run_folder import RunFolder
+from polopt.engine.run_folder import RunFolder, strict
 
 
 class Reporter(Protocol):
@@ -74,7 +74,7 @@ class Record:
     @property
     def fingerprint(self) -> str:
         """Identifies the run's configuration in its checkpoints, without the length and place of the run."""
-        fixed = json.dumps(_without_length(self.description), sort_keys=True, default=str)
+        fixed = json.dumps(strict(_without_length(self.description), "config"), sort_keys=True)
         return hashlib.sha256(fixed.encode()).hexdigest()
 
     @contextmanager

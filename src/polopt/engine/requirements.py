@@ -1,7 +1,9 @@
 """What a method needs of a run, refused before anything runs."""
 
+from typing import cast
+
 from polopt.batch import EVALUATED
-from polopt.domain import Actor
+from polopt.domain import Actor, ReplayActor
 from polopt.engine.gradient import DIFFERENTIABLE
 from polopt.engine.minibatches import cuts_decisions
 from polopt.engine.ranks import Ranks
@@ -25,6 +27,8 @@ def check_run(method: Method, actor: Actor, config: TrainerConfig, ranks: Ranks)
     """
     check_requirements(method, actor.domain, actor.provides, actor.own_rollouts)
     check_off_policy(method, config)
+    if method.off_policy:
+        check_learning_starts(config, cast(ReplayActor, actor).horizon)
     check_optimizer(method, config)
     rows = config.prompts * config.rollouts
     for name in sorted(method.requires & SCORES):
@@ -100,6 +104,25 @@ def check_off_policy(method: Method, config: TrainerConfig) -> None:
                 f"trainer.{setting} = {given!r}: a replay buffer needs {needed!r}; update_ratio sets the number of "
                 "steps, and target networks follow whole parameters"
             )
+
+
+def check_learning_starts(config: TrainerConfig, horizon: int) -> None:
+    """Refuse a run that ends before its first update.
+
+    Args:
+        config: the sizes of the run, with the method's defaults.
+        horizon: decisions of a rollout.
+
+    Raises:
+        ConfigError: it collects fewer decisions than `learning_starts`.
+    """
+    of_iteration = config.prompts * config.rollouts * horizon
+    total, starts = config.iterations * of_iteration, config.learning_starts
+    if 0 < total < starts:
+        raise ConfigError(
+            f"trainer.learning_starts = {starts}: the run collects {total} decisions only and would never learn; set it to "
+            f"at most {total}, or trainer.iterations to at least {-(-starts // of_iteration)}"
+        )
 
 
 def check_optimizer(method: Method, config: TrainerConfig) -> None:

@@ -251,19 +251,24 @@ def _json_line(iteration: int, values: dict[str, Any]) -> bytes:
 
 
 def _json(value: Any, where: str) -> bytes:
-    return json.dumps(_strict(value, where), allow_nan=False).encode() + b"\n"
+    return json.dumps(strict(value, where), allow_nan=False).encode() + b"\n"
 
 
-def _strict(value: Any, where: str) -> Any:
+def strict(value: Any, where: str) -> Any:
+    """The value as strict JSON can hold it, numbers that are not finite as strings.
+
+    Raises:
+        ConfigError: naming `where` something lies that JSON cannot hold.
+    """
     match value:
         case float() if not math.isfinite(value):
             return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
         case None | bool() | int() | float() | str():
             return value
         case list() | tuple():
-            return [_strict(item, f"{where}, {i}") for i, item in enumerate(value)]
+            return [strict(item, f"{where}, {i}") for i, item in enumerate(value)]
         case dict() if all(isinstance(key, str) for key in value):
-            return {key: _strict(item, f"{where}, {key}") for key, item in value.items()}
+            return {key: strict(item, f"{where}, {key}") for key, item in value.items()}
     raise ConfigError(
         f"{where}: a {type(value).__name__} is not JSON; use numbers, strings, lists and dicts (keys str)"
     )

@@ -29,6 +29,7 @@ Pitfalls: rewards of another scale need another temperature. Nothing is learned 
 checkpoint holds the replay buffer, so write few.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -44,9 +45,9 @@ from polopt.registry import register, register_recipe
 
 OFF_POLICY_DEFAULTS: dict[str, Any] = {
     "iterations": 2000, "prompts": 1, "rollouts": 1, "buffer_size": 1_000_000, "batch_size": 256,
-    "learning_starts": 10_000, "lr": 3e-4, "max_grad_norm": 1e6, "checkpoint_every": 200,
+    "learning_starts": 10_000, "lr": 3e-4, "max_grad_norm": math.inf, "checkpoint_every": 200,
 }  # fmt: skip
-"""100,000 steps of one environment at the horizon's default; gradients are as good as not clipped."""
+"""100,000 steps of one environment at the horizon's default; gradients are not clipped."""
 
 
 def soft_value_target(
