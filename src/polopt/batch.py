@@ -222,14 +222,9 @@ class Evaluation:
 
     def where(self, mask: Bool[Tensor, "N T"]) -> Self:
         """The evaluation with zeros outside `mask`, which also stops whatever gradient lies there."""
-        if bool(mask.all()):
+        if not torch.compiler.is_compiling() and bool(mask.all()):
             return self
-
-        def keep(tensor: Tensor) -> Tensor:
-            shaped = mask.view(mask.shape + (1,) * (tensor.dim() - mask.dim()))
-            return torch.where(shaped, tensor, torch.zeros((), dtype=tensor.dtype, device=tensor.device))
-
-        return self.map(keep)
+        return self.map(lambda tensor: zero_elsewhere(tensor, mask))
 
 
 EVALUATED = frozenset(f.name for f in fields(Evaluation))
@@ -243,6 +238,12 @@ OPTIONAL = frozenset(Batch.__dataclass_fields__) - {
     "advantages", "weights", "loss_weight", "signals", "payload",
 }  # fmt: skip
 """Fields of a batch that only some runs have."""
+
+
+def zero_elsewhere(values: Shaped[Tensor, "N T ..."], mask: Bool[Tensor, "N T"]) -> Shaped[Tensor, "N T ..."]:
+    """`values` of the decisions in `mask`, 0 elsewhere; no gradient flows to what is masked, whatever it is."""
+    shaped = mask.view(mask.shape + (1,) * (values.dim() - mask.dim()))
+    return torch.where(shaped, values, torch.zeros((), dtype=values.dtype, device=values.device))
 
 
 def _path(key: str | tuple[str, ...]) -> str:

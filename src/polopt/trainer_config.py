@@ -57,6 +57,9 @@ class TrainerConfig(Settings):
     """Cap of the importance weight trainer / sampler, where a sampler's numerics differ from the trainer's."""
     skip_silent: bool = True
     """Do not evaluate trajectories that can add no gradient."""
+    compile: bool = False
+    """Compile loss and gradient into one graph, which pays for small networks on control; needs a C++ compiler, and seconds
+    at the start. Results are the same up to rounding."""
     ranks: int | None = Field(default=None, ge=1)
     """Number of processes the run must have; refused if it has another."""
     sharding: Literal["none", "fsdp2"] = "none"

@@ -1,17 +1,17 @@
 """A policy over the actions of a Gymnasium environment, with critics."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from tensordict import TensorDict
 from torch import Tensor
 
-from polopt.batch import Batch, Evaluation
+from polopt.batch import Batch, Evaluation, zero_elsewhere
 from polopt.control.collector import Collected, Collector
 from polopt.control.config import ControlConfig
 from polopt.control.distributions import ActionDistribution, Categorical, distribution_of
@@ -96,12 +96,12 @@ class ControlActor:
         action, observation = payload["action"], payload["observation"]
         if self._current is not self.module and "raw_observation" in payload.keys():
             observation = self._current.seen(payload["raw_observation"].double()).to(self.dtype)
-        encoded, critics = self._current.encode(observation[at]), requires & CRITICS
+        encoded, critics = self._current.encode(at(observation)), requires & CRITICS
         hidden = self._current.hidden
         features, of_critics = hidden(encoded).unbind(0) if critics else (hidden.alone(POLICY)(encoded), None)
         found = {} if of_critics is None else self._current.values(of_critics, critics)
-        old = payload["distribution"][at] if "kl" in requires else None
-        found |= self._of_policy(features, action[at], old, requires, options)
+        old = at(payload["distribution"]) if "kl" in requires else None
+        found |= self._of_policy(features, at(action), old, requires, options)
         return placed(found, mask)
 
     def micro_batches(self, batch: Batch) -> list[Int[Tensor, " n"]]:
@@ -267,16 +267,30 @@ def _of_choice(
     return found | {"kept_logits": kept.values, "kept_rows": kept.indices}
 
 
-def of_decisions(mask: Tensor) -> Any:
-    """The index that takes the decisions [D, ...] out of what a batch has of them, [N, T, ...]."""
-    return (slice(None), 0) if mask.shape[1] == 1 and bool(mask.all()) else mask
+def of_decisions(mask: Bool[Tensor, "N T"]) -> Callable[[Tensor], Tensor]:
+    """Takes the decisions [D, ...] out of what a batch has of them, [N, T, ...].
+
+    In a compiled graph, whose shapes cannot depend on the mask, D is N T: zeros stand where there is no decision.
+    """
+    if torch.compiler.is_compiling():
+        return lambda values: zero_elsewhere(values, mask).flatten(0, 1)
+    if _alone(mask):
+        return lambda values: values[:, 0]
+    return lambda values: values[mask]
 
 
-def placed(found: dict[str, Tensor], mask: Tensor) -> Evaluation:
+def placed(found: dict[str, Tensor], mask: Bool[Tensor, "N T"]) -> Evaluation:
     """The evaluation [N, T, ...] of what was found of the decisions [D, ...]."""
-    if isinstance(of_decisions(mask), tuple):
+    if torch.compiler.is_compiling():
+        return Evaluation(**{name: value.unflatten(0, mask.shape) for name, value in found.items()})
+    if _alone(mask):
         return Evaluation(**{name: value[:, None] for name, value in found.items()})
     return Evaluation(**{name: _scattered(value, mask) for name, value in found.items()})
+
+
+def _alone(mask: Tensor) -> bool:
+    """Whether each row is one decision."""
+    return mask.shape[1] == 1 and bool(mask.all())
 
 
 def _scattered(values: Tensor, mask: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ class OffPolicyActor(ControlActor):
         """The current networks' view of the actions, and of those that the noise draws in their place."""
         payload, at, networks = batch.payload, of_decisions(batch.mask), self._current
         assert isinstance(networks, OffPolicyNetworks)
-        state, action = payload["observation"][at], payload["action"][at]
+        state, action = at(payload["observation"]), at(payload["action"])
         features, of_value = networks.hidden(state).unbind(0)
         outputs = networks.distribution_outputs(features)
         found = {"logp": self.distribution.logp(outputs, action)}
@@ -73,11 +73,11 @@ class OffPolicyActor(ControlActor):
         if "q" in requires:
             found["q"] = networks.critics(state, action.tanh())
         if "next_value" in requires:
-            found["next_value"] = networks.target_value(payload["next_observation"][at])
+            found["next_value"] = networks.target_value(at(payload["next_observation"]))
         if "squared_outputs" in requires:
             found["squared_outputs"] = 2 * outputs.square().mean(-1)
         if any(name.startswith("fresh_") for name in requires):
-            found |= self._fresh(networks, state, outputs, payload["noise"][at], requires)
+            found |= self._fresh(networks, state, outputs, at(payload["noise"]), requires)
         return placed(found, batch.mask)
 
     def _fresh(

@@ -178,14 +178,14 @@ def _separable(passes: _Passes, evaluated: Batch, objective: Objective, rows: Ro
         if not piece.counts:
             _pull_back(piece, outputs, dict.fromkeys(set(DIFFERENTIABLE) & outputs.keys(), total))
             continue
-        loss = objective(_constant_elsewhere(outputs), part)
+        loss = objective(constant_elsewhere(outputs), part)
         total = total + loss.detach().double().cpu()
         if loss.requires_grad:
             loss.backward()
     return Backward(passes.ranks.sum(total), found.on_all(passes.ranks), rows)
 
 
-def _constant_elsewhere(outputs: dict[str, Tensor]) -> Evaluation:
+def constant_elsewhere(outputs: dict[str, Tensor]) -> Evaluation:
     """The evaluation, without gradient where it has none by contract."""
     return Evaluation(**{n: t if n in DIFFERENTIABLE else t.detach() for n, t in outputs.items()})
 

@@ -30,6 +30,8 @@ def check_run(method: Method, actor: Actor, config: TrainerConfig, ranks: Ranks)
     if method.off_policy:
         check_learning_starts(config, cast(ReplayActor, actor).horizon)
     check_optimizer(method, config)
+    if config.compile:
+        check_compiled(method, actor.independent_decisions, ranks.world)
     rows = config.prompts * config.rollouts
     for name in sorted(method.requires & SCORES):
         check_scores(name, rows, 1, actor.module, ranks)
@@ -147,4 +149,25 @@ def check_optimizer(method: Method, config: TrainerConfig) -> None:
         raise ConfigError(
             f"optimizer {optimizer.name}: needs whole parameters, and a loss that is a sum over trajectories of "
             "functions of logp and entropy"
+        )
+
+
+def check_compiled(method: Method, independent_decisions: bool, world: int) -> None:
+    """Refuse to compile what is not one graph.
+
+    Args:
+        method: the method.
+        independent_decisions: the actor sees each decision alone.
+        world: number of processes.
+
+    Raises:
+        ConfigError: one of them does not fit.
+    """
+    if not independent_decisions:
+        raise ConfigError("trainer.compile = true: works on control alone; set it to false")
+    if world > 1:
+        raise ConfigError(f"trainer.compile = true: works in one process, not in {world}; set it to false")
+    if not method.separable:
+        raise ConfigError(
+            f"trainer.compile = true: method {method.name} needs a loss that is a sum over trajectories; set it to false"
         )

@@ -12,6 +12,7 @@ from torch import Tensor
 from polopt.batch import Batch, Evaluation
 from polopt.domain import Actor
 from polopt.engine.behaviour import anchored, anchors
+from polopt.engine.compiled import CompiledGradient
 from polopt.engine.diagnostics import Metrics
 from polopt.engine.gradient import Backward, backward
 from polopt.engine.group_gradients import backward_by_group
@@ -59,6 +60,7 @@ class Stepper:
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.guard = FiniteGuard(config.patience)
         self.anchors = anchors(actor, config)
+        self.compiled = CompiledGradient(actor, method.objective, method.evaluated) if config.compile else None
 
     def take(self, batch: Batch, fresh: bool, draw: Draw, second_rollout: SecondRollout) -> Step | None:
         """A step on a minibatch; None where no row can teach.
@@ -115,6 +117,8 @@ class Stepper:
         return found
 
     def _backward(self, batch: Batch, rows: Int[Tensor, " n"], fresh: bool) -> Backward:
+        if self.compiled is not None:
+            return self.compiled.backward(batch, rows, self.method.evaluation_options())
         names = self.method.evaluated
         current = _known(batch.take(rows), names) if fresh and not self.anchors else None
         options = self.method.evaluation_options()
