@@ -2,11 +2,14 @@
 
     python benchmarks/control/compare.py --peers-python PYTHON --out benchmarks/results/control.json
 
-With the Python of an environment that has them, Tianshou and rsl-rl run beside these.
-All train the same seed at the same time, one process and one thread each, so that whatever else the machine does meets
-them alike. Speed is environment steps per CPU second of training; the bound is that of polopt's environments stepped with
-random actions, if learning cost nothing. The return is that of 16 episodes by the policy's mode after training;
-interquartile means over the seeds with 95 % bootstrap intervals.
+With the Python of an environment that has them, Tianshou and rsl-rl run beside these. polopt runs twice, as it is and with
+`trainer.compile`, and on the environment's own vectorised implementation where it has one; its first iteration, in which it
+compiles, is not timed, and reported apart in CPU seconds with those of the C++ compiler.
+
+All train the same seed at the same time, one process and one thread each, so that whatever else the machine does meets them
+alike. Speed is environment steps per CPU second of training; the bound is that of polopt's environments stepped with random
+actions, if learning cost nothing. The return is that of 16 episodes by the policy's mode after training; interquartile means
+over the seeds with 95 % bootstrap intervals.
 """
 
 import argparse
@@ -16,6 +19,7 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -23,18 +27,30 @@ from settings import SETTINGS, TASKS
 
 from polopt.report.statistics import bootstrap
 
-LIBRARIES = ("polopt", "stable_baselines3", "single_file")
+OWN = ("polopt", "polopt_compiled")
+LIBRARIES = (*OWN, "stable_baselines3", "single_file")
+TIMES = (
+    "first_iteration_seconds", "later_iteration_seconds", "stepping_share", "acting_share", "update_share", "bound",
+)  # fmt: skip
 PEERS = ("tianshou", "rsl_rl")
 Run = dict[str, dict[str, float]]
 
 
 def side_by_side(interpreters: dict[str, str], env: str, seed: int, steps: int) -> Run:
     """All libraries at the same time, each with its Python."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    with TemporaryDirectory() as cache:
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TORCHINDUCTOR_CACHE_DIR": cache
+        }  # fmt: skip
+        return outputs(interpreters, [env, str(seed), str(steps)], environment)
+
+
+def outputs(interpreters: dict[str, str], arguments: list[str], environment: dict[str, str]) -> Run:
+    """What the workers print last."""
     here = Path(__file__).parent
     started = {
         library: subprocess.Popen(
-            [python, here / f"worker_{library}.py", env, str(seed), str(steps)],
+            [python, here / f"worker_{library}.py", *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
@@ -46,7 +62,7 @@ def side_by_side(interpreters: dict[str, str], env: str, seed: int, steps: int) 
     for library, process in started.items():
         output, _ = process.communicate()
         if process.returncode:
-            raise RuntimeError(f"{library} on {env}: ended with status {process.returncode}")
+            raise RuntimeError(f"{library} on {arguments[0]}: ended with status {process.returncode}")
         found[library] = json.loads(output.strip().splitlines()[-1])
     return found
 
@@ -60,16 +76,19 @@ def summarize(runs: list[Run]) -> dict[str, Any]:
             "steps_per_second": median(runs, lambda run, own=library: run[own]["steps_per_second"]),
             "return": [interval.mean, interval.low, interval.high],
         }
-        if library != "polopt":
-            summary[f"polopt / {library}"] = median(runs, lambda run, other=library: ratio(run, other))
-    for name in ("stepping_share", "acting_share", "update_share", "bound"):
-        summary[name] = median(runs, lambda run, name=name: run["polopt"][name])
+    for own in OWN:
+        for other in runs[0].keys() - set(OWN):
+            summary[f"{own} / {other}"] = median(
+                runs, lambda run, own=own, other=other: ratio(run, own, other)
+            )
+        for name in TIMES:
+            summary[own][name] = median(runs, lambda run, own=own, name=name: run[own][name])
     return summary
 
 
-def ratio(run: Run, other: str) -> float:
+def ratio(run: Run, own: str, other: str) -> float:
     """polopt's speed over another's."""
-    return run["polopt"]["steps_per_second"] / run[other]["steps_per_second"]
+    return run[own]["steps_per_second"] / run[other]["steps_per_second"]
 
 
 def median(runs: list[Run], number: Any) -> float:
