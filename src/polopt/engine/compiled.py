@@ -4,18 +4,27 @@
 the parts; whatever else changes has another graph made.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
 
 from polopt.batch import Batch, Evaluation
 from polopt.engine.gradient import Backward, Evaluator, Objective, Rows, constant_elsewhere
 from polopt.errors import ConfigError, PoloptError
 
-OPTIONS: Any = {"compile_threads": 1}
-"""No worker processes for the few kernels."""
+_compile: Any = partial(
+    torch.compile,
+    fullgraph=True,
+    dynamic=True,
+    isolate_recompiles=True,
+    options={"compile_threads": 1, "size_asserts": False, "alignment_asserts": False},
+)
+"""One graph or an error, of sizes that may change, for each run apart; no worker processes for the few kernels, and no checks
+of sizes beside the guards."""
 
 
 class CompiledGradient:
@@ -34,8 +43,9 @@ class CompiledGradient:
         check_compiler()
         self.actor, self.objective, self.requires = actor, objective, requires
         self.parameters = [p for p in actor.module.parameters() if p.requires_grad]
-        self._graph = torch.compile(self._differentiate, fullgraph=True, dynamic=True, options=OPTIONS)
+        self._graph = _compile(self._differentiate)
 
+    @torch.enable_grad()
     def backward(self, batch: Batch, rows: Rows, options: dict[str, Any]) -> Backward:
         """Add the gradient of some rows' loss to the parameters' `.grad`.
 
@@ -66,9 +76,9 @@ class CompiledGradient:
     def _run(self, batch: Batch, options: dict[str, Any]) -> Any:
         try:
             return self._graph(batch, options)
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except TorchDynamoException as error:
             raise PoloptError(
-                f"trainer.compile = true: this loss cannot be compiled ({_reason(error)}); leave it off"
+                f"trainer.compile = true: this loss cannot be compiled ({_reason(error)}); set it to false"
             ) from error
 
     def _differentiate(
@@ -85,22 +95,19 @@ class CompiledGradient:
 
 
 def check_compiler() -> None:
-    """Compile something small.
+    """Compile something small, and let `torch.autograd.grad` be compiled.
 
     Raises:
-        ConfigError: that fails, as it does without a C++ compiler, or this torch cannot compile gradients.
+        ConfigError: that fails, as it does without a C++ compiler.
     """
     settings: Any = torch._dynamo.config
-    if not hasattr(settings, "trace_autograd_ops"):
-        raise ConfigError(
-            f"trainer.compile = true: torch {torch.__version__} cannot compile gradients; install 2.13"
-        )
-    settings.trace_autograd_ops = True
     try:
-        torch.compile(torch.neg, fullgraph=True, options=OPTIONS)(torch.ones(1))
+        settings.trace_autograd_ops = True
+        _compile(torch.neg)(torch.ones(1))
     except Exception as error:
         raise ConfigError(
-            f"trainer.compile = true: torch cannot compile here ({_reason(error)}); install a C++ compiler, or leave it off"
+            f"trainer.compile = true: torch {torch.__version__} cannot compile here ({_reason(error)}); it needs torch 2.13 "
+            "and a C++ compiler; set it to false"
         ) from error
 
 
