@@ -4,7 +4,7 @@
 the parts; whatever else changes has another graph made.
 """
 
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,16 +15,6 @@ from torch._dynamo.exc import TorchDynamoException
 from polopt.batch import Batch, Evaluation
 from polopt.engine.gradient import Backward, Evaluator, Objective, Rows, constant_elsewhere
 from polopt.errors import ConfigError, PoloptError
-
-_compile: Any = partial(
-    torch.compile,
-    fullgraph=True,
-    dynamic=True,
-    isolate_recompiles=True,
-    options={"compile_threads": 1, "size_asserts": False, "alignment_asserts": False},
-)
-"""One graph or an error, of sizes that may change, for each run apart; no worker processes for the few kernels, and no checks
-of sizes beside the guards."""
 
 
 class CompiledGradient:
@@ -43,7 +33,7 @@ class CompiledGradient:
         check_compiler()
         self.actor, self.objective, self.requires = actor, objective, requires
         self.parameters = [p for p in actor.module.parameters() if p.requires_grad]
-        self._graph = _compile(self._differentiate)
+        self._graph = _compiled(self._differentiate)
 
     @torch.enable_grad()
     def backward(self, batch: Batch, rows: Rows, options: dict[str, Any]) -> Backward:
@@ -94,6 +84,16 @@ class CompiledGradient:
         return gradients, loss.detach().double(), {name: t.detach() for name, t in outputs.items()}
 
 
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function as one graph, of sizes that may change, made for this run apart.
+
+    The few kernels need no worker processes, and sizes no checks beside the guards.
+    """
+    options: Any = {"compile_threads": 1, "size_asserts": False, "alignment_asserts": False}
+    compile: Any = torch.compile
+    return compile(function, fullgraph=True, dynamic=True, isolate_recompiles=True, options=options)
+
+
 def check_compiler() -> None:
     """Compile something small, and let `torch.autograd.grad` be compiled.
 
@@ -103,7 +103,7 @@ def check_compiler() -> None:
     settings: Any = torch._dynamo.config
     try:
         settings.trace_autograd_ops = True
-        _compile(torch.neg)(torch.ones(1))
+        _compiled(torch.neg)(torch.ones(1))
     except Exception as error:
         raise ConfigError(
             f"trainer.compile = true: torch {torch.__version__} cannot compile here ({_reason(error)}); it needs torch 2.13 "
