@@ -24,7 +24,8 @@ def run(out: Path, task: str = "CartPole-v1", method: str = "ppo", **control: An
     """A finished run of two iterations."""
     settings = {"domain": "control", "task": task, "method": method}
     control = {"horizon": 16, "normalize_observations": True, "normalize_rewards": True, **control}
-    trainer = build(RunConfig.create("", **settings, trainer={**SIZES, "keep": 9}, control=control), out=out)
+    sizes = {**SIZES, "keep": 9, "learning_starts": 16}
+    trainer = build(RunConfig.create("", **settings, trainer=sizes, control=control), out=out)
     trainer.run()
     close(trainer)
     return trainer
