@@ -49,13 +49,13 @@ def trainer(method: str = "ppo", out: Path | None = None, **options: Any) -> Tra
 def minibatches(run: Trainer, count: int) -> list[Batch]:
     """The last minibatches of iterations, with what the trainer knows of them."""
     seen: list[Batch] = []
-    step = run._step
+    take = run.stepper.take
 
-    def spy(batch: Batch, fresh: bool) -> Any:
+    def spy(batch: Batch, *given: Any) -> Any:
         seen.append(batch)
-        return step(batch, fresh)
+        return take(batch, *given)
 
-    run._step = spy
+    run.stepper.take = spy
     for _ in range(count):
         run.iterate()
     return seen[:: len(seen) // count]

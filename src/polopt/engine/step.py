@@ -60,7 +60,9 @@ class Stepper:
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.guard = FiniteGuard(config.patience)
         self.anchors = anchors(actor, config)
-        self.compiled = CompiledGradient(actor, method.objective, method.evaluated) if config.compile else None
+        self.compiled = (
+            CompiledGradient(actor, method.objective, method.evaluated) if config.compile else None
+        )
 
     def take(self, batch: Batch, fresh: bool, draw: Draw, second_rollout: SecondRollout) -> Step | None:
         """A step on a minibatch; None where no row can teach.
