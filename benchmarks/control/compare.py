@@ -6,10 +6,10 @@ With the Python of an environment that has them, Tianshou and rsl-rl run beside 
 `trainer.compile`, and on the environment's own vectorised implementation where it has one; its first iteration, in which it
 compiles, is not timed, and reported apart in CPU seconds with those of the C++ compiler.
 
-All train the same seed at the same time, one process and one thread each, so that whatever else the machine does meets them
-alike. Speed is environment steps per CPU second of training; the bound is that of polopt's environments stepped with random
-actions, if learning cost nothing. The return is that of 16 episodes by the policy's mode after training; interquartile means
-over the seeds with 95 % bootstrap intervals.
+All train the same seed at the same time, from when the last of them has compiled, one process and one thread each, so that
+whatever else the machine does meets them alike. Speed is environment steps per CPU second of training; the bound is that of
+polopt's environments stepped with random actions, if learning cost nothing. The return is that of 16 episodes by the policy's
+mode after training; interquartile means over the seeds with 95 % bootstrap intervals.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from settings import SETTINGS, TASKS
+from settings import READY, SETTINGS, TASKS
 
 from polopt.report.statistics import bootstrap
 
@@ -48,9 +48,10 @@ def side_by_side(interpreters: dict[str, str], env: str, seed: int, steps: int) 
 def outputs(interpreters: dict[str, str], arguments: list[str], environment: dict[str, str]) -> Run:
     """What the workers print last."""
     here = Path(__file__).parent
-    started = {
+    started: dict[str, Any] = {
         library: subprocess.Popen(
             [python, here / f"worker_{library}.py", *arguments],
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
@@ -58,6 +59,13 @@ def outputs(interpreters: dict[str, str], arguments: list[str], environment: dic
         )
         for library, python in interpreters.items()
     }
+    for process in started.values():
+        while (line := process.stdout.readline()) and line.strip() != READY:
+            pass
+    for process in started.values():
+        if process.poll() is None:
+            process.stdin.write("\n")
+            process.stdin.flush()
     found = {}
     for library, process in started.items():
         output, _ = process.communicate()

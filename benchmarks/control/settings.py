@@ -15,6 +15,8 @@ SETTINGS = {"lr": 3e-4, "epochs": 10, "minibatch": 64, "gamma": 0.99, "gae_lambd
 MAX_GRAD_NORM, VALUE_COEF = 0.5, 0.5
 TASKS = {"CartPole-v1": False, "HalfCheetah-v5": True, "Hopper-v5": True}
 """Whether observations and rewards are normalised."""
+READY = "ready"
+"""What a worker prints before it waits for the others."""
 BOUND_STEPS = 1024
 """Steps of each environment by which the simulator alone is measured."""
 
@@ -26,6 +28,12 @@ def run(train: Callable[[str, int, int], dict[str, float]]) -> None:
     torch.set_num_threads(1)
     env, seed, steps = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     print(json.dumps(train(env, seed, steps // PER_ITERATION)))
+
+
+def start_together() -> None:
+    """Say that what precedes training is done, and wait for a line of input, which comes when all are as far."""
+    print(READY, flush=True)
+    sys.stdin.readline()
 
 
 def bound(step: Callable[[], Any]) -> float:

@@ -7,7 +7,18 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from settings import ENVIRONMENTS, EPISODES, MAX_GRAD_NORM, PER_ITERATION, SETTINGS, STEPS, TASKS, bound, run
+from settings import (
+    ENVIRONMENTS,
+    EPISODES,
+    MAX_GRAD_NORM,
+    PER_ITERATION,
+    SETTINGS,
+    STEPS,
+    TASKS,
+    bound,
+    run,
+    start_together,
+)  # fmt: skip
 
 from polopt.cli.building import build
 from polopt.config import RunConfig
@@ -25,6 +36,7 @@ def train(env: str, seed: int, iterations: int, compiled: bool = False) -> dict[
     timed(trainer, "update", seconds)
     timed(VectorEnvironments, "step", seconds)
     timed(VectorEnvironments, "restart", seconds)
+    start_together()
     started, decisions = time.process_time(), 0.0
     for _ in range(iterations - 1):
         decisions += trainer.iterate()[0]["decisions"]

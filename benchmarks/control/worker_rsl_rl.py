@@ -25,6 +25,7 @@ from settings import (
     VALUE_COEF,
     mean_return,
     run,
+    start_together,
 )  # fmt: skip
 from tensordict import TensorDict
 
@@ -97,6 +98,7 @@ def train(env: str, seed: int, iterations: int) -> dict[str, float]:
     torch.manual_seed(seed)
     made = Adapter(env, seed)
     runner = OnPolicyRunner(made, configuration(TASKS[env]))
+    start_together()
     started = time.process_time()
     runner.learn(iterations)
     seconds = time.process_time() - started

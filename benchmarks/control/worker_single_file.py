@@ -21,6 +21,7 @@ from settings import (
     VALUE_COEF,
     mean_return,
     run,
+    start_together,
 )
 from torch import Tensor, nn
 
@@ -125,6 +126,7 @@ def train(env: str, seed: int, iterations: int) -> dict[str, float]:
     agent = Agent(made.single_observation_space.shape[0], made.single_action_space)
     optimizer = torch.optim.Adam(agent.parameters(), SETTINGS["lr"], eps=1e-5, fused=True)
     observation, _ = made.reset(seed=seed)
+    start_together()
     started = time.process_time()
     for _ in range(iterations):
         data, observation = rollout(agent, made, observation)

@@ -13,6 +13,7 @@ from settings import (
     TASKS,
     VALUE_COEF,
     run,
+    start_together,
 )  # fmt: skip
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_vec_env
@@ -31,6 +32,7 @@ def train(env: str, seed: int, iterations: int) -> dict[str, float]:
         clip_range=SETTINGS["clip"], max_grad_norm=MAX_GRAD_NORM, vf_coef=VALUE_COEF, ent_coef=0.0, seed=seed,
         device="cpu",
     )  # fmt: skip
+    start_together()
     started = time.process_time()
     model.learn(iterations * PER_ITERATION)
     seconds = time.process_time() - started

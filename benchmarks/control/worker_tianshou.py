@@ -19,6 +19,7 @@ from settings import (
     VALUE_COEF,
     mean_return,
     run,
+    start_together,
 )  # fmt: skip
 from tianshou.algorithm.modelfree.ppo import PPO
 from tianshou.algorithm.modelfree.reinforce import DiscreteActorPolicy, ProbabilisticActorPolicy
@@ -53,6 +54,7 @@ def train(env: str, seed: int, iterations: int) -> dict[str, float]:
         batch_size=int(SETTINGS["minibatch"]), update_step_num_repetitions=int(SETTINGS["epochs"]),
         verbose=False, show_progress=False,
     )  # fmt: skip
+    start_together()
     started = time.process_time()
     algorithm.run_training(sizes)
     seconds = time.process_time() - started

@@ -50,10 +50,10 @@ class RunningMoments(nn.Module):
         self.mean += delta * len(values) / total
         self.count.copy_(total)
 
-    def standardize(self, values: Tensor) -> Tensor:
-        """(values - mean) / std, clipped at 10, in the precision of `values`."""
-        deviation = (self.variance + 1e-8).sqrt()
-        return ((values - self.mean) / deviation).clamp(-_CLIP, _CLIP).to(values.dtype)
+    def standardizing(self) -> Callable[[Tensor], Tensor]:
+        """(values - mean) / std by the present moments, clipped at 10, in the precision of the values."""
+        mean, deviation = self.mean.clone(), (self.variance + 1e-8).sqrt()
+        return lambda values: ((values - mean) / deviation).clamp(-_CLIP, _CLIP).to(values.dtype)
 
     def scale(self, values: Tensor) -> Tensor:
         """values / std, clipped at 10, in the precision of `values`."""
@@ -157,18 +157,22 @@ class ControlNetworks(nn.Module):
 
     def acting(self) -> Callable[[Tensor], Tensor]:
         """The present policy: from raw observations [D, ...] of any precision to outputs [D, P] for the distribution."""
-        dtype, features = self.policy.weight.dtype, self.hidden.alone(POLICY)
+        dtype, features, seen = self.policy.weight.dtype, self.hidden.alone(POLICY), self.seeing()
 
         def act(observation: Tensor) -> Tensor:
-            return self.distribution_outputs(features(self.encode(self.seen(observation).to(dtype))))
+            return self.distribution_outputs(features(self.encode(seen(observation).to(dtype))))
 
         return act
 
+    def seeing(self) -> Callable[[Tensor], Tensor]:
+        """From raw observations to what the networks take of them, by the present moments."""
+        if self.observation_moments is not None:
+            return self.observation_moments.standardizing()
+        return lambda observation: observation
+
     def seen(self, observation: Tensor) -> Tensor:
         """What the networks take of a raw observation."""
-        if self.observation_moments is not None:
-            return self.observation_moments.standardize(observation)
-        return observation
+        return self.seeing()(observation)
 
     def encode(self, observation: Float[Tensor, "D *shape"]) -> Float[Tensor, "D F"]:
         """Input of the layers of policy and critic."""

@@ -90,8 +90,8 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     The few kernels need no worker processes, and sizes no checks beside the guards.
     """
     options: Any = {"compile_threads": 1, "size_asserts": False, "alignment_asserts": False}
-    compiler: Any = torch.compile
-    return compiler(function, fullgraph=True, dynamic=True, isolate_recompiles=True, options=options)
+    make: Any = torch.compile
+    return make(function, fullgraph=True, dynamic=True, isolate_recompiles=True, options=options)
 
 
 def check_compiler() -> None:
