@@ -5,6 +5,7 @@ states at a time, reduced to a few numbers each, and computed again in the backw
 hidden states and weights directly.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from polopt.language.second_order import recorded_backward
 BLOCK = 2**20
 """Logits in one block of a chunk: reductions run on a block while it is in the cache."""
 PIECE = 4096
-"""Rows of the weight whose gradient is computed at once, in the precision of the products."""
+"""Rows of the weight that are brought to the precision of the products at once."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def evaluate_head(
 
 
 class _Head(torch.autograd.Function):
-    """Holds the layer and its logits of the last chunk of states for the backward pass, which computes the others again."""
+    """Holds the logits of the last chunk of states for the backward pass, which computes those of the others again."""
 
     @staticmethod
     def forward(
@@ -102,7 +103,7 @@ class _Head(torch.autograd.Function):
                 scaled = _scaled(logits[block.start - rows.start : block.stop - rows.start], options)
                 found.append(_reduce(scaled, state[mine] - block.start, action[mine], options))
         if any(ctx.needs_input_grad[:3]):
-            ctx.held = layer, logits
+            ctx.held = logits
         joined = {name: torch.cat([part[name] for part in found]) for name in found[0]}
         normalizer, entropy = joined["normalizer"], joined.get("entropy")
         ctx.save_for_backward(hidden, weight, bias, state, action, normalizer, entropy)
@@ -118,9 +119,9 @@ class _Head(torch.autograd.Function):
             return recorded_backward(_plain_head, (hidden, weight, bias), grads[1:3], *constants)
         of_logp = normalizer.new_zeros(len(state)) if grads[1] is None else grads[1]
         of_state = torch.zeros_like(normalizer).index_add_(0, state, of_logp)
-        layer, held = ctx.held or (_Layer(hidden, weight, bias, ctx.dtype), None)
+        layer, held = _Layer(hidden, weight, bias, ctx.dtype), ctx.held
         ctx.held = None
-        of_hidden = torch.empty_like(hidden)
+        of_hidden = torch.zeros_like(hidden, dtype=torch.promote_types(hidden.dtype, torch.float32))
         into, of_weight = gradient_to_add_to(weight) if ctx.needs_input_grad[1] else (None, None)
         of_bias = None if bias is None else torch.zeros_like(bias)
         for rows in _slices(0, len(hidden), ctx.options.chunk)[::-1]:
@@ -140,13 +141,13 @@ class _Head(torch.autograd.Function):
                     (state[mine] - block.start, action[mine]), of_logp[mine], accumulate=True
                 )
                 part.copy_(of_logits.mul_(slope))
-            of_hidden[rows] = (logits @ layer.weight).to(hidden.dtype)
-            if into is not None:
-                for piece in _slices(0, len(into), PIECE):
+            for piece, low in layer.pieces():
+                of_hidden[rows] += logits[:, piece] @ low
+                if into is not None:
                     into[piece] += logits[:, piece].T @ layer.hidden[rows]
             if of_bias is not None:
                 of_bias += logits.sum(0)
-        return of_hidden, of_weight, of_bias, None, None, None, None
+        return of_hidden.to(hidden.dtype), of_weight, of_bias, None, None, None, None
 
 
 def _plain_head(
@@ -159,7 +160,8 @@ def _plain_head(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """`logp` and `entropy` with all logits at once."""
-    logits = _Layer(hidden, weight, bias, dtype)(slice(None))
+    low_bias = None if bias is None else bias.to(dtype)
+    logits = torch.nn.functional.linear(hidden.to(dtype), weight.to(dtype), low_bias)
     exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if options.softcap:
         exact = options.softcap * (exact / options.softcap).tanh()
@@ -168,15 +170,24 @@ def _plain_head(
 
 
 class _Layer:
-    """The linear layer in the precision of the products."""
+    """The linear layer in the precision of the products, without a copy of its weight."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
-        self.hidden, self.weight = hidden.to(dtype), weight.to(dtype)
+        self.hidden, self.weight = hidden.to(dtype), weight
         self.bias = None if bias is None else bias.to(dtype)
+
+    def pieces(self) -> Iterator[tuple[slice, Float[Tensor, "v H"]]]:
+        """The weight, some rows at a time."""
+        for piece in _slices(0, len(self.weight), PIECE):
+            yield piece, self.weight[piece].to(self.hidden.dtype)
 
     def __call__(self, rows: slice) -> Float[Tensor, "m V"]:
         """Logits of some states."""
-        return torch.nn.functional.linear(self.hidden[rows], self.weight, self.bias)
+        hidden = self.hidden[rows]
+        logits = hidden.new_empty(len(hidden), len(self.weight))
+        for piece, low in self.pieces():
+            torch.mm(hidden, low.T, out=logits[:, piece])
+        return logits if self.bias is None else logits.add_(self.bias)
 
 
 def _slices(start: int, stop: int, size: int) -> list[slice]:
