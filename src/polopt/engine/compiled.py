@@ -1,7 +1,7 @@
 """The gradient of a minibatch as one compiled graph, for small networks, where calling operations takes longer than they do.
 
-`torch.compile` guards all that the loss reads in Python. Sizes are inputs of the graph, and so is most arithmetic on numbers of
-the parts; whatever else changes has another graph made.
+`torch.compile` guards all that the loss reads of actor, parts and batch in Python. Sizes are inputs of the graph, and so is most
+arithmetic on numbers of the parts; whatever else changes has another graph made.
 """
 
 from collections.abc import Callable
@@ -87,9 +87,15 @@ class CompiledGradient:
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function as one graph, of sizes that may change, made for this run apart.
 
-    The few kernels need no worker processes, and sizes no checks beside the guards.
+    The few kernels need no worker processes, and sizes no checks beside the guards. Globals are not guarded,
+    which saves time: functions and constants of modules stay what they are.
     """
-    options: Any = {"compile_threads": 1, "size_asserts": False, "alignment_asserts": False}
+    options: Any = {
+        "compile_threads": 1,
+        "size_asserts": False,
+        "alignment_asserts": False,
+        "guard_filter_fn": torch.compiler.skip_guard_on_globals_unsafe,
+    }
     make: Any = torch.compile
     return make(function, fullgraph=True, dynamic=True, isolate_recompiles=True, options=options)
 
