@@ -22,8 +22,6 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
 
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_OFFLINE ?= 1
-# Idle OpenMP threads sleep instead of spinning, which would take the other processes' time.
-export GOMP_SPINCOUNT ?= 0
 
 PY           := $(VENV)/bin/python
 DEMO_STAMP   := $(VENV)/.installed-demo

@@ -399,10 +399,10 @@ def test_output_into_a_closed_pipe_is_no_error() -> None:
     assert process.returncode in (0, 1)
 
 
-def test_threads_do_not_spin_unless_the_user_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_idle_threads_soon_sleep_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
     main(["--version"])
-    assert os.environ["GOMP_SPINCOUNT"] == "0"
+    assert os.environ["GOMP_SPINCOUNT"] == "10000"
     monkeypatch.setenv("GOMP_SPINCOUNT", "7")
     main(["--version"])
     assert os.environ["GOMP_SPINCOUNT"] == "7"

@@ -30,7 +30,7 @@ class Worker:
         command = [sys.executable, str(HERE / f"worker_{library}.py"), scenario, model, str(steps)]
         environment = os.environ | {
             "PYTHONWARNINGS": "ignore",
-            "GOMP_SPINCOUNT": "0",
+            "GOMP_SPINCOUNT": "10000",
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0",  # as polopt's command line has it
