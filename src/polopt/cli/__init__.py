@@ -87,7 +87,9 @@ def _dispatch(arguments: list[str]) -> int:
 
 def _prepare_process() -> None:
     """What must be so before torch is imported, and output that any terminal can show."""
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # idle threads sleep after microseconds, not milliseconds
+    os.environ.setdefault(
+        "GOMP_SPINCOUNT", "10000"
+    )  # idle threads sleep after microseconds, not milliseconds
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
