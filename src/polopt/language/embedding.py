@@ -3,8 +3,8 @@
 torch makes a gradient of the whole table, zero but for a few hundred rows, for every backward pass.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from polopt.engine.gradient_block import gradient_to_add_to
+from polopt.language.replaced_forward import replaced_forward
 from polopt.language.second_order import recorded_backward
 
 
@@ -49,23 +50,15 @@ def _plain(weight: Tensor, tokens: Tensor, padding: int | None) -> tuple[Tensor]
     return (nn.functional.embedding(tokens, weight, padding),)
 
 
-@contextmanager
-def direct_embeddings(model: nn.Module) -> Iterator[None]:
+def direct_embeddings(model: nn.Module) -> AbstractContextManager[None]:
     """Inside it the plain embeddings of a model are computed by `embedding`."""
-    changed: list[Any] = [
-        module
-        for module in model.modules()
-        if type(module) is nn.Embedding
-        and module.max_norm is None
-        and not (module.sparse or module.scale_grad_by_freq)
-    ]
-    for module in changed:
-        module.forward = partial(_forward, module)
-    try:
-        yield
-    finally:
-        for module in changed:
-            del module.forward
+    return replaced_forward(model, _replacement)
+
+
+def _replacement(module: Any) -> Callable[..., Tensor] | None:
+    if type(module) is not nn.Embedding or module.max_norm is not None:
+        return None
+    return None if module.sparse or module.scale_grad_by_freq else _forward
 
 
 def _forward(layer: Any, tokens: Tensor) -> Tensor:

@@ -4,9 +4,8 @@ Autocast makes a copy of every weight in its own type and keeps all of them from
 of the memory of a float32 model. Casting a weight once more costs little beside the products.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from polopt.engine.gradient_block import gradient_to_add_to
+from polopt.language.replaced_forward import replaced_forward
 from polopt.language.second_order import recorded_backward
 
 PIECE = 128
@@ -122,22 +122,18 @@ def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -
         return (nn.functional.linear(x.to(dtype), weight.to(dtype), low_bias),)
 
 
-@contextmanager
-def lean_linears(model: nn.Module) -> Iterator[None]:
+def lean_linears(model: nn.Module) -> AbstractContextManager[None]:
     """Inside it the linear layers of a model are computed by `linear`, and Llama's gated ones by `gated_linears`.
 
     The gated ones are recognised by what transformers calls their parts; `check_model` would find one that is none.
     """
-    changed: list[Any] = [
-        module for module in model.modules() if type(module) is nn.Linear or _is_gated(module)
-    ]
-    for module in changed:
-        module.forward = partial(_gated_forward if _is_gated(module) else _forward, module)
-    try:
-        yield
-    finally:
-        for module in changed:
-            del module.forward
+    return replaced_forward(model, _replacement)
+
+
+def _replacement(module: Any) -> Callable[..., Tensor] | None:
+    if _is_gated(module):
+        return _gated_forward
+    return _forward if type(module) is nn.Linear else None
 
 
 def _is_gated(module: Any) -> bool:

@@ -4,15 +4,15 @@ Layer by layer as transformers has it, it keeps two float32 tensors and, under a
 for every linear layer that reads it: a third of the memory of a training pass.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from polopt.language.replaced_forward import replaced_forward
 from polopt.language.second_order import recorded_backward
 
 
@@ -57,26 +57,17 @@ def _plain(hidden: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype) -
     return ((exact * inverse * weight).to(dtype),)
 
 
-@contextmanager
-def fused_norms(model: nn.Module) -> Iterator[None]:
+def fused_norms(model: nn.Module) -> AbstractContextManager[None]:
     """Inside it the norms of Llama's form in a model are computed by `rms_norm`, but for float64 ones.
 
     They are recognised by what transformers calls them; `check_model` would find one that is none.
     """
-    norms: list[Any] = [
-        module
-        for module in model.modules()
-        if type(module).__name__.endswith("RMSNorm")
-        and hasattr(module, "variance_epsilon")
-        and module.weight.dtype != torch.float64
-    ]
-    for norm in norms:
-        norm.forward = partial(_forward, norm)
-    try:
-        yield
-    finally:
-        for norm in norms:
-            del norm.forward
+    return replaced_forward(model, _replacement)
+
+
+def _replacement(module: Any) -> Callable[..., Tensor] | None:
+    named = type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
+    return _forward if named and module.weight.dtype != torch.float64 else None
 
 
 def _forward(norm: Any, hidden_states: Tensor) -> Tensor:
