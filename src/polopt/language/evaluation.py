@@ -9,6 +9,7 @@ scaled logits; `tempered_logp` is at a temperature of its own.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,12 +18,15 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from polopt.batch import Batch, Evaluation
+from polopt.engine.memory import return_free_memory
 from polopt.engine.sharding import full
 from polopt.errors import ConfigError
 from polopt.language.embedding import direct_embeddings
 from polopt.language.head import HeadOptions, HeadOutput, evaluate_head
 from polopt.language.linear import lean_linears
-from polopt.language.packing import ATTENTION, Packing, pack, packed_attention
+from polopt.language.packed_attention import ATTENTION, packed_attention
+from polopt.language.packing import Packing, pack
+from polopt.language.recomputed_layers import recomputed_layers
 from polopt.language.rms_norm import fused_norms
 
 HEAD_TOKENS = 1024
@@ -83,7 +87,8 @@ def evaluate_completions(
         kept=kept if kept and requires & {"kept_logits", "kept_rows"} else 0,
     )
     packing = pack(batch)
-    with _packed(decoder), direct_embeddings(decoder), fused_norms(decoder), lean_linears(decoder):
+    computed = partial(_computed, decoder)
+    with direct_embeddings(decoder), computed(decoder), recomputed_layers(decoder, computed):
         states = decoder(
             input_ids=packing.tokens[None],
             position_ids=packing.positions[None],
@@ -91,6 +96,7 @@ def evaluate_completions(
             packing=packing,
         ).last_hidden_state
     hidden = states[0].index_select(0, packing.states)
+    return_free_memory()
     output = evaluate_head(hidden, full(head.weight), full(head.bias), packing.state, packing.action, options)
     found = _of_decisions(output, hidden, packing, options.scale)
     if "value" in requires:
@@ -123,15 +129,16 @@ def _logit_transform(model: Any) -> tuple[float, float | None]:
 
 
 @contextmanager
-def _packed(decoder: Any) -> Iterator[None]:
-    """Inside it a decoder attends by `packed_attention`."""
+def _computed(decoder: Any, part: nn.Module) -> Iterator[None]:
+    """Inside it a decoder attends by `packed_attention`, and one of its parts is computed with little memory."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(ATTENTION, packed_attention)
     before = decoder.config._attn_implementation
     decoder.config._attn_implementation = ATTENTION
     try:
-        yield
+        with fused_norms(part), lean_linears(part):
+            yield
     finally:
         decoder.config._attn_implementation = before
 
@@ -207,8 +214,8 @@ def micro_batches(
 ) -> list[Int[Tensor, " n"]]:
     """The rows in pieces whose tokens, prompts once per group and piece, stay within a budget.
 
-    Groups of like lengths come together, as attention alone pads. A group is split only if it exceeds the budget by
-    itself; a piece exceeds it only if it is one row that does.
+    Groups of like lengths come together, as attention alone pads. The last group of a piece is split where the piece has
+    room for its prompt and for as many tokens of its completions.
 
     Args:
         lengths: tokens of the completions.
@@ -217,21 +224,23 @@ def micro_batches(
         token_budget: most tokens of a piece.
 
     Returns:
-        Row numbers; every row is in one piece.
+        Row numbers; every row is in one piece. A piece exceeds the budget only if it is one row that does.
     """
     length, prompt, group = lengths.tolist(), prompt_lengths.tolist(), groups.tolist()
     members: dict[int, list[int]] = {}
     for row in sorted(range(len(length)), key=length.__getitem__):
         members.setdefault(group[row], []).append(row)
     pieces: list[list[int]] = []
-    used = token_budget
+    room = 0
     for rows in sorted(members.values(), key=lambda rows: prompt[rows[-1]] + length[rows[-1]]):
-        opened = used + prompt[rows[0]] + sum(length[row] for row in rows) <= token_budget
-        used += prompt[rows[0]] if opened else 0
+        of_prompt = prompt[rows[0]]
+        worth = min(sum(length[row] for row in rows), max(of_prompt, length[rows[0]]))
+        opened = bool(pieces) and of_prompt + worth <= room
+        room -= of_prompt if opened else 0
         for row in rows:
-            if not opened or used + length[row] > token_budget:
+            if not opened or length[row] > room:
                 pieces.append([])
-                used, opened = prompt[row], True
+                room, opened = token_budget - of_prompt, True
             pieces[-1].append(row)
-            used += length[row]
+            room -= length[row]
     return [torch.tensor(piece) for piece in pieces]

@@ -82,7 +82,10 @@ def evaluate_head(
 
 
 class _Head(torch.autograd.Function):
-    """Holds the logits of the last chunk of states for the backward pass, which computes those of the others again."""
+    """Holds the logits of the last chunk of states for the backward pass, which computes those of the others again.
+
+    The logits of one chunk are freed before those of the next are made.
+    """
 
     @staticmethod
     def forward(
@@ -98,6 +101,7 @@ class _Head(torch.autograd.Function):
         ctx.options, ctx.dtype, ctx.held = options, dtype, None
         layer, found, logits = _Layer(hidden, weight, bias, dtype), [], None
         for rows in _slices(0, len(hidden), options.chunk):
+            logits = None
             logits = layer(rows)
             for block, mine in _blocks(rows, logits, state):
                 scaled = _scaled(logits[block.start - rows.start : block.stop - rows.start], options)
@@ -147,6 +151,7 @@ class _Head(torch.autograd.Function):
                     into[piece] += logits[:, piece].T @ layer.hidden[rows]
             if of_bias is not None:
                 of_bias += logits.sum(0)
+            logits = part = None
         return of_hidden.to(hidden.dtype), of_weight, of_bias, None, None, None, None
 
 

@@ -16,9 +16,6 @@ from polopt.engine.gradient_block import gradient_to_add_to
 from polopt.language.replaced_forward import replaced_forward
 from polopt.language.second_order import recorded_backward
 
-PIECE = 128
-"""Rows of a weight whose gradient is brought to its precision at once, in the cache."""
-
 
 def linear(
     x: Float[Tensor, "... in"], weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None
@@ -39,7 +36,12 @@ def gated_linears(
     """`(silu(x @ gate.T) * (x @ up.T)) @ down.T`, of the autocast type where autocast is on."""
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    return _GatedLinears.apply(x, gate, up, down, dtype)
+    output = _GatedLinears.apply(x, gate, up, down, dtype)
+    with torch.no_grad(), torch.autocast(device, enabled=False):
+        opening, opened = (x.to(dtype) @ _stacked(gate, up, dtype).T).chunk(2, -1)
+        product = nn.functional.silu(opening).mul_(opened)
+        torch.matmul(product, down.to(dtype).T, out=output.detach())
+    return output
 
 
 class _Linear(torch.autograd.Function):
@@ -59,55 +61,63 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             of_x = (grads[0] @ weight.to(ctx.dtype)).to(x.dtype)
         if ctx.needs_input_grad[1]:
-            of_weight = _add_product(weight, grad, x.to(ctx.dtype).flatten(0, -2))
+            of_weight = _add_to_gradient(weight, grad.T @ x.to(ctx.dtype).flatten(0, -2))
         if bias is not None and ctx.needs_input_grad[2]:
             of_bias = grad.sum(0).to(bias.dtype)
         return of_x, of_weight, of_bias, None
 
 
 class _GatedLinears(torch.autograd.Function):
-    """Keeps its input alone, a fifth of what it would hold; the two inner products are computed again in the backward pass."""
+    """Records the operation, whose output is computed afterwards; a layer that is computed again for its records stops there.
+
+    It keeps its input alone, a fifth of what it would hold; the backward pass computes the inner products again.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate: Tensor, up: Tensor, down: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(x, gate, up, down)
         ctx.dtype = dtype
-        opening, opened = (_plain(x, weight, None, dtype)[0] for weight in (gate, up))
-        return _plain(nn.functional.silu(opening, inplace=True).mul_(opened), down, None, dtype)[0]
+        return x.new_empty(*x.shape[:-1], len(down), dtype=dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             return recorded_backward(_plain_gated, ctx.saved_tensors, grads, ctx.dtype)
-        x, gate, up, down = (tensor.to(ctx.dtype) for tensor in ctx.saved_tensors)
-        weights = ctx.saved_tensors[1:]
-        of_weights: list[Tensor | None] = [None] * 3
-        flat, grad = x.flatten(0, -2), grads[0].flatten(0, -2)
-        opening, opened = flat @ gate.T, flat @ up.T
+        x, gate, up, down = ctx.saved_tensors
+        flat, grad = x.to(ctx.dtype).flatten(0, -2), grads[0].flatten(0, -2)
+        inner = _stacked(gate, up, ctx.dtype)
+        of_inner = flat @ inner.T
+        opening, opened = of_inner.chunk(2, -1)
         active = nn.functional.silu(opening)
+        of_x = of_gate = of_up = of_down = None
         if ctx.needs_input_grad[3]:
-            of_weights[2] = _add_product(weights[2], grad, active * opened)
-        of_product = grad @ down
-        of_opening = torch.ops.aten.silu_backward(opened.mul_(of_product), opening)
-        of_opened = of_product.mul_(active)
-        for number, inner in enumerate((of_opening, of_opened)):
-            if ctx.needs_input_grad[number + 1]:
-                of_weights[number] = _add_product(weights[number], inner, flat)
-        of_x = None
+            of_down = _add_to_gradient(down, grad.T @ (active * opened))
+        of_product = grad @ down.to(ctx.dtype)
+        torch.ops.aten.silu_backward.grad_input(opened.mul_(of_product), opening, grad_input=opening)
+        torch.mul(of_product, active, out=opened)
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            of_gate, of_up = (of_inner.T @ flat).chunk(2)
+            of_gate = _add_to_gradient(gate, of_gate) if ctx.needs_input_grad[1] else None
+            of_up = _add_to_gradient(up, of_up) if ctx.needs_input_grad[2] else None
         if ctx.needs_input_grad[0]:
-            of_x = (of_opening @ gate).add_(of_opened @ up).view(x.shape).to(ctx.saved_tensors[0].dtype)
-        return of_x, *of_weights, None
+            of_x = (of_inner @ inner).view(x.shape).to(x.dtype)
+        return of_x, of_gate, of_up, of_down, None
 
 
-def _add_product(
-    weight: Float[Tensor, "out in"], grad: Float[Tensor, "n out"], x: Float[Tensor, "n in"]
-) -> Tensor | None:
-    """Add `grad.T @ x` to the gradient of a weight; what the backward pass returns for it."""
+def _stacked(
+    gate: Float[Tensor, "hidden in"], up: Float[Tensor, "hidden in"], dtype: torch.dtype
+) -> Float[Tensor, "2*hidden in"]:
+    """Two weights in another type; one large product costs less than two."""
+    stacked = gate.new_empty(2 * len(gate), gate.shape[1], dtype=dtype)
+    for half, weight in zip(stacked.chunk(2), (gate, up), strict=True):
+        half.copy_(weight)
+    return stacked
+
+
+def _add_to_gradient(weight: Float[Tensor, "out in"], product: Float[Tensor, "out in"]) -> Tensor | None:
+    """Add to the gradient of a weight; what the backward pass returns for it."""
     into, returned = gradient_to_add_to(weight)
-    product = grad.T @ x
-    for rows in product.split(PIECE):
-        into[: len(rows)].add_(rows)
-        into = into[len(rows) :]
+    into.add_(product)
     return returned
 
 
