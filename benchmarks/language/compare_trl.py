@@ -28,12 +28,13 @@ class Worker:
 
     def __init__(self, library: str, scenario: str, model: str, steps: int) -> None:
         command = [sys.executable, str(HERE / f"worker_{library}.py"), scenario, model, str(steps)]
-        environment = os.environ | {
+        environment = os.environ | {  # as polopt's command line sets it, for both
             "PYTHONWARNINGS": "ignore",
             "GOMP_SPINCOUNT": "10000",
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
-            "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0",  # as polopt's command line has it
+            "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0",
+            "THP_MEM_ALLOC_ENABLE": "1",
         }
         self.process = subprocess.Popen(
             command,

@@ -87,10 +87,13 @@ def _dispatch(arguments: list[str]) -> int:
 
 def _prepare_process() -> None:
     """What must be so before torch is imported, and output that any terminal can show."""
-    os.environ.setdefault(
-        "GOMP_SPINCOUNT", "10000"
-    )  # idle threads sleep after microseconds, not milliseconds
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    settings = {
+        "GOMP_SPINCOUNT": "10000",  # idle threads sleep after microseconds, not milliseconds
+        "THP_MEM_ALLOC_ENABLE": "1",  # large tensors in huge pages
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

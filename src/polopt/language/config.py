@@ -35,7 +35,7 @@ class LanguageConfig(Settings):
     """Longest completion in tokens."""
     score_temperature: float = Field(0.0, ge=0)
     """Temperature of held-out scores; 0: greedy."""
-    micro_batch_tokens: int = Field(1408, ge=1)
+    micro_batch_tokens: int = Field(2048, ge=1)
     """Tokens evaluated at once with gradient; bounds memory, never changes the result."""
     stored: bool = False
     """Train on completions that are stored with the prompts (columns `completions` and `scores` of the task's data)
