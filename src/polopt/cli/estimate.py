@@ -78,7 +78,7 @@ def estimate_language(config: RunConfig, task: "LanguageTask", method: "Method")
     rows = t.prompts * t.rollouts
     completions, tokens = rows * c.max_new_tokens, t.prompts * prompt + rows * c.max_new_tokens
     of_one_layer = 9 * shape.hidden_size + 6 * shape.intermediate_size  # computed again in the backward pass
-    inputs = 4 * shape.num_hidden_layers * shape.hidden_size
+    inputs = shape.num_hidden_layers * shape.hidden_size
     kv = 2 * shape.num_key_value_heads * (shape.hidden_size // shape.num_attention_heads)
     decoded = min(rows, c.sampler_rows) * c.max_new_tokens + t.prompts * prompt
     reference = any(name.startswith("ref_") for name in method.requires) and not c.lora_rank
@@ -89,7 +89,7 @@ def estimate_language(config: RunConfig, task: "LanguageTask", method: "Method")
         "sampler's copy": parameters * sampling.itemsize if sampling != weights else 0,
         "reference": parameters * weights.itemsize if reference else 0,
         "cache": decoded * shape.num_hidden_layers * kv * sampling.itemsize,
-        "activations": c.micro_batch_tokens * (inputs + of_one_layer * compute.itemsize),
+        "activations": c.micro_batch_tokens * (inputs * weights.itemsize + of_one_layer * compute.itemsize),
         "logits": min(c.micro_batch_tokens, HEAD_TOKENS) * shape.vocab_size * compute.itemsize,
         "libraries": _LIBRARIES * 1e9,
     }

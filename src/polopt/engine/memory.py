@@ -26,8 +26,8 @@ _GLIBC = _LIBRARY if hasattr(_LIBRARY, "malloc_trim") else None
 def return_free_memory() -> None:
     """Give the system back the pages in which nothing is stored, where the C library can do so (glibc).
 
-    Sampling and the update each free hundreds of megabytes in blocks of sizes that the other has little use for. Pages that
-    are taken again cost time, so this is for the border between them, not for every micro-batch.
+    Sampling, a model's layers and its logits each free hundreds of megabytes in blocks of sizes that the others have little
+    use for. Pages that are taken again cost time, so this is for the borders between them.
     """
     if _GLIBC is not None:
         _GLIBC.malloc_trim(0)
