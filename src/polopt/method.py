@@ -152,7 +152,8 @@ class Method(nn.Module):
     def objective(self, evaluation: Evaluation, batch: Batch) -> Float[Tensor, ""]:
         """The loss of a minibatch as a function of the current policy's view of it; the batch is constant."""
         evaluation = evaluation.where(batch.mask)
-        if any(tensor.requires_grad for tensor in batch.values(True, True)):
+        compiling = torch.compiler.is_compiling()  # then the batch is an input, which no gradient leaves
+        if not compiling and any(tensor.requires_grad for tensor in batch.values(True, True)):
             batch = batch.detach()
         loss = self.surrogate(evaluation, batch)
         for regularizer in self.regularizers:

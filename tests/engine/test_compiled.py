@@ -86,8 +86,8 @@ def assert_same(run: Trainer, compiled: CompiledGradient, batch: Batch) -> float
     return max(float(g.abs().max()) for g in expected if g is not None)
 
 
-def compiled_of(run: Trainer) -> CompiledGradient:
-    return CompiledGradient(run.actor, run.method.objective, run.method.evaluated)
+def compiled_of(run: Trainer, usual_rows: int | None = None) -> CompiledGradient:
+    return CompiledGradient(run.actor, run.method.objective, run.method.evaluated, usual_rows)
 
 
 @needs_compiler
@@ -132,11 +132,13 @@ class Changing(Regularizer):
 
 
 @needs_compiler
-def test_what_a_part_changes_in_python_or_in_a_buffer_takes_effect() -> None:
+@pytest.mark.parametrize("usual", [False, True])
+def test_what_a_part_changes_in_python_or_in_a_buffer_takes_effect(usual: bool) -> None:
     run = trainer()
     run.method = run.method.with_parts(regularizers=[*run.method.slot("regularizers"), Changing(coef=1.0)])
     part: Any = run.method.slot("regularizers")[-1]
-    compiled, (batch,) = compiled_of(run), minibatches(run, 1)
+    (batch,) = minibatches(run, 1)
+    compiled = compiled_of(run, len(batch) if usual else None)
     for weight, target, squared in [
         (0.1, 0.5, True),
         (3.0, 0.5, True),
@@ -165,15 +167,17 @@ def test_micro_batches_and_some_rows_add_up() -> None:
 
 
 @needs_compiler
-def test_a_resumed_compiled_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["ppo", "mdpo"])
+def test_a_resumed_compiled_run_is_the_uninterrupted_one(method: str, tmp_path: Path) -> None:
     options: Any = {
+        "method": method,
         "trainer": {"compile": True, "minibatches": 5},
         "control": {"horizon": 24, "vectorization": "native", "restore": "reset", "dtype": "float32"},
     }
     whole = trainer(out=tmp_path / "whole", **options)
     whole.run()
-    first = trainer(out=tmp_path / "part", **options)
-    first.config = first.config.model_copy(update={"iterations": 2})
+    first: Any = trainer(out=tmp_path / "part", **options)
+    first._stopped = lambda: first.iteration == 2
     first.run()
     close(first)
     torch.compiler.reset()

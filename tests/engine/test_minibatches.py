@@ -1,10 +1,15 @@
 """Minibatches are a partition of the rows, and keep groups whole when asked."""
 
+from typing import Any
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polopt.engine.minibatches import minibatches
+from polopt.cli.building import build, close
+from polopt.config import RunConfig
+from polopt.engine.minibatches import minibatches, usual_rows
 from polopt.engine.seeding import generator
 
 
@@ -31,3 +36,34 @@ def test_minibatches_have_nearly_equal_size_and_random_order() -> None:
 def test_one_minibatch_is_the_batch_in_order() -> None:
     (rows,) = minibatches(torch.tensor([3, 1, 3]), 1, False, generator(0, "test", 0))
     assert rows.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("method", "control", "rows"),
+    [
+        ("ppo", {"horizon": 20}, 3 * 20 // 4),  # decisions
+        ("ppo", {"horizon": 0}, None),  # decisions of episodes, whose lengths are not known
+        ("gspo", {"horizon": 20}, 1),  # trajectories, of which there are fewer than minibatches
+        ("mdpo-off", {"horizon": 20}, 32),  # from the replay buffer
+    ],
+    ids=["decisions", "episodes", "trajectories", "replayed"],
+)
+def test_the_usual_rows_are_those_of_the_minibatches(
+    method: str, control: dict[str, Any], rows: int | None
+) -> None:
+    sizes = {"prompts": 3, "rollouts": 1, "batch_size": 32, "learning_starts": 0}
+    sizes["minibatches"] = {1: 3, 32: 1}.get(rows or 0, 4)
+    run: Any = build(
+        RunConfig.create(
+            "", domain="control", method=method, task="Pendulum-v1", trainer=sizes, control=control
+        )
+    )
+    found = usual_rows(run.actor, run.method, run.config)
+    seen: list[int] = []
+    take = run.stepper.take
+    run.stepper.take = lambda batch, *given: seen.append(len(batch)) or take(batch, *given)
+    run.iterate()
+    assert found == rows
+    if rows is not None:
+        assert set(seen) == {rows}
+    close(run)

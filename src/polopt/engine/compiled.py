@@ -1,11 +1,12 @@
 """The gradient of a minibatch as one compiled graph, for small networks, where calling operations takes longer than they do.
 
-`torch.compile` guards all that the loss reads of actor, parts and batch in Python. Sizes are inputs of the graph, and so is most
-arithmetic on numbers of the parts; whatever else changes has another graph made.
+`torch.compile` guards the numbers and tensors that the loss reads of actor, parts and batch in Python. Minibatches of the usual
+size have a graph of their own; otherwise sizes are inputs of the graph, and so is most arithmetic on numbers of the parts.
+Whatever else changes has another graph made.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -15,6 +16,14 @@ from torch._dynamo.exc import TorchDynamoException
 from polopt.batch import Batch, Evaluation
 from polopt.engine.gradient import Backward, Evaluator, Objective, Rows, constant_elsewhere
 from polopt.errors import ConfigError, PoloptError
+from polopt.functional.blocks import block_of, side_by_side
+
+_OF_CODE = {
+    "NOT_PRESENT_IN_GENERIC_DICT", "EMPTY_NN_MODULE_HOOKS_DICT", "CLOSURE_MATCH", "CLASS_MATCH", "HASATTR", "DUPLICATE_INPUT",
+}  # fmt: skip
+"""Guards against other code."""
+Found = tuple[Float[Tensor, ""], dict[str, Tensor], list[int]]
+"""The loss in float64, the evaluation's fields, and the numbers of the parameters that the loss reaches."""
 
 
 class CompiledGradient:
@@ -24,20 +33,24 @@ class CompiledGradient:
         actor: evaluates the policy. While they are compiled, its `evaluate` and the objective branch on no tensor's value.
         objective: the scalar to descend.
         requires: fields of the evaluation that it reads.
+        usual_rows: rows of most minibatches, if that is known: they have a graph of this very size.
 
     Raises:
         ConfigError: nothing can be compiled here.
     """
 
-    def __init__(self, actor: Evaluator, objective: Objective, requires: frozenset[str]) -> None:
+    def __init__(
+        self, actor: Evaluator, objective: Objective, requires: frozenset[str], usual_rows: int | None = None
+    ) -> None:
         check_compiler()
-        self.actor, self.objective, self.requires = actor, objective, requires
+        self.actor, self.objective, self.requires, self.usual_rows = actor, objective, requires, usual_rows
         self.parameters = [p for p in actor.module.parameters() if p.requires_grad]
+        self.gradients = side_by_side(self.parameters)
+        self.block = cast(Tensor, block_of(self.gradients))
         self._graph = _compiled(self._differentiate)
 
-    @torch.enable_grad()
     def backward(self, batch: Batch, rows: Rows, options: dict[str, Any]) -> Backward:
-        """Add the gradient of some rows' loss to the parameters' `.grad`.
+        """The gradient of some rows' loss in the parameters' `.grad`, where none is before.
 
         Args:
             batch: the minibatch, with `loss_weight`.
@@ -47,23 +60,29 @@ class CompiledGradient:
         Raises:
             PoloptError: the loss cannot be compiled, or needs too many graphs.
         """
-        losses: list[Tensor] = []
-        fields: list[dict[str, Tensor]] = []
         evaluated = batch if len(rows) == len(batch) else batch[rows]
-        for piece in self.actor.micro_batches(evaluated):
-            part = evaluated if len(piece) == len(evaluated) else evaluated[piece]
-            gradients, loss, outputs = self._run(part, options)
-            for parameter, found in zip(self.parameters, gradients, strict=True):
-                if found is not None:
-                    parameter.grad = found if parameter.grad is None else parameter.grad + found
-            losses.append(loss)
-            fields.append(outputs)
-        if len(losses) == 1:
-            return Backward(losses[0], Evaluation(**fields[0]), rows)
-        joined = {name: torch.cat([found[name] for found in fields]) for name in fields[0]}
-        return Backward(torch.stack(losses).sum(), Evaluation(**joined), rows)
+        pieces = self.actor.micro_batches(evaluated)
+        if len(pieces) == 1:
+            loss, fields, reached = self._run(evaluated, options)
+        else:
+            loss, fields, reached = self._sum(evaluated, pieces, options)
+        for number in reached:
+            self.parameters[number].grad = self.gradients[number]
+        return Backward(loss, Evaluation(**fields), rows)
 
-    def _run(self, batch: Batch, options: dict[str, Any]) -> Any:
+    def _sum(self, batch: Batch, pieces: list[Rows], options: dict[str, Any]) -> Found:
+        """What `_run` gives, of micro-batches."""
+        total = torch.zeros_like(self.block)
+        found: list[Found] = []
+        for piece in pieces:
+            found.append(self._run(batch[piece], options))
+            total += self.block
+        self.block.copy_(total)
+        losses, fields, (reached, *_) = zip(*found, strict=True)
+        joined = {name: torch.cat([of[name] for of in fields]) for name in fields[0]}
+        return torch.stack(losses).sum(), joined, reached
+
+    def _run(self, batch: Batch, options: dict[str, Any]) -> Found:
         try:
             return self._graph(batch, options)
         except TorchDynamoException as error:
@@ -71,33 +90,44 @@ class CompiledGradient:
                 f"trainer.compile = true: this loss cannot be compiled ({_reason(error)}); set it to false"
             ) from error
 
-    def _differentiate(
-        self, batch: Batch, options: dict[str, Any]
-    ) -> tuple[list[Tensor | None], Float[Tensor, ""], dict[str, Tensor]]:
-        """The gradient of each parameter, laid out as it is, the loss in float64, and the evaluation's fields."""
+    def _differentiate(self, batch: Batch, options: dict[str, Any]) -> Found:
+        """Leaves the gradients in `block`."""
+        if batch.mask.shape[0] == self.usual_rows:
+            pass  # asking is enough to make this size a constant of its graph, whatever sizes came before
         outputs = self.actor.evaluate(batch, self.requires, **options).tensors()
         loss = self.objective(constant_elsewhere(outputs), batch)
         found: Any = [None] * len(self.parameters)
         if loss.requires_grad:
             found = torch.autograd.grad(loss, self.parameters, allow_unused=True)
-        gradients = [None if gradient is None else gradient.contiguous() for gradient in found]
-        return gradients, loss.detach().double(), {name: t.detach() for name, t in outputs.items()}
+        reached = [number for number, gradient in enumerate(found) if gradient is not None]
+        pairs = zip(self.parameters, found, strict=True)
+        block = [(torch.zeros_like(p) if gradient is None else gradient).flatten() for p, gradient in pairs]
+        self.block.copy_(torch.cat(block))
+        return loss.detach().double(), {name: t.detach() for name, t in outputs.items()}, reached
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function as one graph, of sizes that may change, made for this run apart.
 
-    The few kernels need no worker processes, and sizes no checks beside the guards. Globals are not guarded,
-    which saves time: functions and constants of modules stay what they are.
+    The few kernels need no worker processes, and sizes no checks beside the guards.
     """
     options: Any = {
         "compile_threads": 1,
         "size_asserts": False,
         "alignment_asserts": False,
-        "guard_filter_fn": torch.compiler.skip_guard_on_globals_unsafe,
+        "cpp_wrapper": True,
+        "guard_filter_fn": _guards_data,
     }
     make: Any = torch.compile
     return make(function, fullgraph=True, dynamic=True, isolate_recompiles=True, options=options)
+
+
+def _guards_data(guards: Any) -> list[bool]:
+    """Which guards to check: not those of code, which take long. Functions, methods, hooks and constants of modules stay."""
+    return [
+        not guard.is_global and guard.guard_type not in _OF_CODE and "type(" not in guard.name
+        for guard in guards
+    ]
 
 
 def check_compiler() -> None:

@@ -9,11 +9,22 @@ from torch import Tensor
 from polopt.domain import Actor
 from polopt.functional.groups import Groups
 from polopt.method import Method
+from polopt.trainer_config import TrainerConfig
 
 
 def cuts_decisions(actor: Actor, method: Method) -> bool:
     """Minibatches are of decisions, not of trajectories: neither the policy nor the loss needs them together."""
     return actor.independent_decisions and method.decision_wise
+
+
+def usual_rows(actor: Actor, method: Method, config: TrainerConfig) -> int | None:
+    """Rows of most minibatches, where that is known before there are any."""
+    if method.off_policy:
+        return config.batch_size
+    rows = config.prompts * config.rollouts
+    if cuts_decisions(actor, method):
+        rows *= getattr(actor, "horizon", 0)
+    return rows // config.minibatches or None
 
 
 def minibatches(

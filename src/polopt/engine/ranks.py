@@ -23,10 +23,14 @@ from polopt.batch import Batch, concatenate
 from polopt.engine.launch import check_launch, connect
 from polopt.engine.sharding import Evaluated, full, full_state, gathered, load_full_state, shard_module
 from polopt.errors import ConfigError, PoloptError
+from polopt.functional.blocks import block_of
 
 Sharding = Literal["none", "fsdp2"]
 BUCKET = 2**23
 """Gradient entries that are summed over the ranks at once."""
+
+SHORT = 2**20
+"""Entries up to which a sum of squares in float32 is exact to five digits."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +187,11 @@ class Ranks:
         gradients = [p.grad for p in parameters if p.grad is not None]
         if not gradients:
             return torch.zeros(())
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        block = block_of(gradients)
+        if block is not None and block.numel() <= SHORT:
+            gradients, norm = [block], torch.linalg.vector_norm(block)
+        else:
+            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         coefficient = max_norm / (float(norm) + 1e-6)
         if coefficient < 1:
             torch._foreach_mul_(gradients, coefficient)

@@ -17,6 +17,7 @@ from polopt.engine.diagnostics import Metrics
 from polopt.engine.gradient import Backward, backward
 from polopt.engine.group_gradients import backward_by_group
 from polopt.engine.hessian import hessian_product
+from polopt.engine.minibatches import usual_rows
 from polopt.engine.optimization import FiniteGuard
 from polopt.engine.ranks import Ranks
 from polopt.method import Method
@@ -61,7 +62,9 @@ class Stepper:
         self.guard = FiniteGuard(config.patience)
         self.anchors = anchors(actor, config)
         self.compiled = (
-            CompiledGradient(actor, method.objective, method.evaluated) if config.compile else None
+            CompiledGradient(actor, method.objective, method.evaluated, usual_rows(actor, method, config))
+            if config.compile
+            else None
         )
 
     def take(self, batch: Batch, fresh: bool, draw: Draw, second_rollout: SecondRollout) -> Step | None:
@@ -100,11 +103,13 @@ class Stepper:
         return Step(metrics, found.evaluation, evaluated)
 
     def _teaching_rows(self, batch: Batch) -> Int[Tensor, " n"]:
-        teaches = (batch.loss_weight != 0).any(-1)
         silent = self.method.surrogate.zero_advantage_is_silent and not len(self.method.regularizers)
+        factors = [batch.loss_weight]
         if self.config.skip_silent and silent:
-            teaches &= (batch.advantages != 0).any(-1)
-        return teaches.nonzero()[:, 0]
+            factors.append(batch.advantages)
+        if all(int(factor.count_nonzero()) == factor.numel() for factor in factors):
+            return torch.arange(len(batch), device=batch.loss_weight.device)
+        return torch.stack([(factor != 0).any(-1) for factor in factors]).all(0).nonzero()[:, 0]
 
     def _gradient(self, batch: Batch, rows: Int[Tensor, " n"], fresh: bool) -> Backward:
         """Gradients into the parameters, and the optimizer's share of the learning rate if it sets one."""

@@ -50,7 +50,7 @@ def aggregation_weights(
     counted = mask if denominator == "all" else mask & (weights > 0)
     share = torch.where(mask, weights, torch.zeros_like(weights))
     if aggregation == "token_mean":
-        return share / counted.sum().clamp(min=1)
+        return share / counted.count_nonzero().clamp(min=1)
     length = counted.sum(-1, keepdim=True).to(share.dtype)
     present = (counted if denominator == "selected" else mask).any(-1)
     rows = present.sum().clamp(min=1)
