@@ -66,13 +66,14 @@ class Collector:
             first: number of the first environment among those of all ranks.
         """
         living = task.living(count, seed_sequence(base, "lane", first))
-        noise = Noise(self.distribution, [(base, first + lane) for lane in range(count)], steps)
+        draws = [np.random.default_rng((base, first + lane)) for lane in range(count)]
+        noise = torch.from_numpy(np.stack([self.distribution.noise((steps,), each) for each in draws], 1))
         recording, endings = Recording(), _Endings()
         row, lane_of = np.arange(count), [np.arange(count)]  # a new row for each episode that begins
         begins, sent = np.full(count, -1), []
         for step in range(steps):
             before = living.observation
-            action = self._choose(before, noise.next(), greedy=False)
+            action = self._choose(before, noise[step], greedy=False)
             sent.append(self.distribution.to_environment(action))
             made = living.environments.step(sent[-1])
             totals = self._record(

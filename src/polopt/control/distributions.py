@@ -8,6 +8,7 @@ are taken at exactly the same point. Log-probabilities and divergences are in na
 import math
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -145,7 +146,7 @@ class Gaussian(ActionDistribution):
 
     def draw(self, outputs: Tensor, noise: Tensor) -> Tensor:
         mean, log_std = outputs.chunk(2, -1)
-        return mean + log_std.exp() * noise
+        return torch.addcmul(mean, log_std.exp(), noise)
 
     def mode(self, outputs: Tensor) -> Tensor:
         return outputs[..., : self.width]
@@ -166,7 +167,7 @@ class Gaussian(ActionDistribution):
         return action
 
     def to_environment(self, action: Any) -> Any:
-        clipped = action.clip(self.low, self.high)
+        clipped = np.minimum(np.maximum(action, self.low), self.high)
         return clipped.reshape(*action.shape[:-1], *self.shape).astype(self.dtype, copy=False)
 
 
@@ -202,8 +203,6 @@ class SquashedGaussian(Gaussian):
         raise NotImplementedError("a squashed Gaussian's entropy has no closed form")
 
     def to_environment(self, action: Any) -> Any:
-        import numpy as np
-
         scaled = self.low + (self.high - self.low) * (np.tanh(action) + 1) / 2
         return super().to_environment(scaled)
 

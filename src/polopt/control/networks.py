@@ -157,10 +157,11 @@ class ControlNetworks(nn.Module):
 
     def acting(self) -> Callable[[Tensor], Tensor]:
         """The present policy: from raw observations [D, ...] of any precision to outputs [D, P] for the distribution."""
-        dtype, features, seen = self.policy.weight.dtype, self.hidden.alone(POLICY), self.seeing()
+        dtype, seen = self.policy.weight.dtype, self.seeing()
+        features, outputs = self.hidden.alone(POLICY), self._last_layer()
 
         def act(observation: Tensor) -> Tensor:
-            return self.distribution_outputs(features(self.encode(seen(observation).to(dtype))))
+            return outputs(features(self.encode(seen(observation).to(dtype))))
 
         return act
 
@@ -184,17 +185,22 @@ class ControlNetworks(nn.Module):
 
     def distribution_outputs(self, features: Float[Tensor, "D H"]) -> Float[Tensor, "D P"]:
         """Outputs for the action distribution, from the policy's features."""
-        outputs = self.policy(features)
-        if self.log_std is not None:
-            outputs = torch.cat([outputs, self.log_std.expand_as(outputs)], -1)
-        elif self.bounded_std:
-            outputs = bounded(outputs)
-        return outputs
+        return self._last_layer()(features)
 
     def values(self, features: Float[Tensor, "D H"], which: frozenset[str]) -> dict[str, Float[Tensor, " D"]]:
         """The critics named in `which`, in reward units, from their features."""
         heads: dict[str, Any] = {"value": self.value, "median": self.median}
         return {name: heads[name](features)[:, 0] for name in sorted(which)}
+
+    def _last_layer(self) -> Callable[[Tensor], Tensor]:
+        """`distribution_outputs` by the present parameters. Standard deviations of their own are biases of rows of zeros."""
+        weight, bias = self.policy.weight, self.policy.bias
+        if self.bounded_std:
+            return lambda features: bounded(linear(features, weight, bias))
+        if self.log_std is not None:
+            weight = torch.cat([weight, torch.zeros_like(weight)])
+            bias = torch.cat([bias, self.log_std])
+        return lambda features: linear(features, weight, bias)
 
 
 def bounded(outputs: Tensor) -> Tensor:
