@@ -278,6 +278,14 @@ def test_dry_run_counts_lora_parameters(capsys: pytest.CaptureFixture[str]) -> N
     assert trained and 2.0 < float(trained[1]) < 3.0
 
 
+@pytest.mark.parametrize("task", ["Pendulum-v1", "polopt/ShipSteering-v0"])
+def test_an_environment_without_its_domain_is_refused_with_the_flag(
+    task: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "--env", task, "--dry-run"]) == 2
+    assert "--domain control" in capsys.readouterr().err
+
+
 def test_warm_up_teaches_the_form_of_answers(capsys: pytest.CaptureFixture[str]) -> None:
     warm = [
         "--model",

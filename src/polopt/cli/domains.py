@@ -167,6 +167,8 @@ class LanguageDomain(_Rollouts):
         builtins = [f"builtin:{name}" for name in BUILTINS]
         kind, _, rest = spec.partition(":")
         if spec not in builtins and (kind not in KINDS or not rest):
+            if spec.rpartition("-v")[2].isdigit():
+                raise ConfigError(f"task = {spec!r}: looks like an environment, which needs --domain control")
             raise ConfigError(f"task = {spec!r}: unknown; {nearest(spec, [*builtins, *KINDS.values()])}")
 
     def _require_model(self, spec: str) -> None:
