@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import polopt
 import polopt.control.environments  # registers polopt/...
 from polopt.batch import Batch, Evaluation
-from polopt.control.environments.submodular import greedy_walk
+from polopt.control.environments.submodular_grid import greedy_walk
 from polopt.functional.submodular import grid_points
 
 

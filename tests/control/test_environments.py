@@ -29,7 +29,8 @@ from polopt.control.environments.random_walk import random_walk_return
 from polopt.control.environments.random_walk import true_gradient as random_walk_gradient
 from polopt.control.environments.reward_hacking import ring_models, ring_reference, ring_statistics
 from polopt.control.environments.ship_steering import ShipSteering
-from polopt.control.environments.submodular import TwoRooms, greedy_walk
+from polopt.control.environments.submodular import TwoRooms
+from polopt.control.environments.submodular_grid import greedy_walk
 from polopt.control.environments.tabular import optimal_return as best_return
 from polopt.control.environments.tabular import policy_gradient, policy_return, softmax
 from polopt.errors import ConfigError

@@ -167,12 +167,24 @@ def test_micro_batches_and_some_rows_add_up() -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("method", ["ppo", "mdpo"])
-def test_a_resumed_compiled_run_is_the_uninterrupted_one(method: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "control"),
+    [
+        (
+            "ppo",
+            {"horizon": 24, "vectorization": "native", "restore": "reset"},
+        ),  # minibatches of several sizes
+        ("mdpo", {"horizon": 20}),  # of the usual size, and a number that changes from step to step
+    ],
+    ids=["ppo", "mdpo"],
+)
+def test_a_resumed_compiled_run_is_the_uninterrupted_one(
+    method: str, control: dict[str, Any], tmp_path: Path
+) -> None:
     options: Any = {
         "method": method,
         "trainer": {"compile": True, "minibatches": 5},
-        "control": {"horizon": 24, "vectorization": "native", "restore": "reset", "dtype": "float32"},
+        "control": {"dtype": "float32", **control},
     }
     whole = trainer(out=tmp_path / "whole", **options)
     whole.run()

@@ -42,17 +42,18 @@ def test_one_minibatch_is_the_batch_in_order() -> None:
     ("method", "control", "rows"),
     [
         ("ppo", {"horizon": 20}, 3 * 20 // 4),  # decisions
+        ("ppo", {"horizon": 21}, None),  # decisions that are not to be shared out evenly
         ("ppo", {"horizon": 0}, None),  # decisions of episodes, whose lengths are not known
-        ("gspo", {"horizon": 20}, 1),  # trajectories, of which there are fewer than minibatches
+        ("gspo", {"horizon": 20}, None),  # trajectories
         ("mdpo-off", {"horizon": 20}, 32),  # from the replay buffer
     ],
-    ids=["decisions", "episodes", "trajectories", "replayed"],
+    ids=["decisions", "uneven", "episodes", "trajectories", "replayed"],
 )
 def test_the_usual_rows_are_those_of_the_minibatches(
     method: str, control: dict[str, Any], rows: int | None
 ) -> None:
     sizes = {"prompts": 3, "rollouts": 1, "batch_size": 32, "learning_starts": 0}
-    sizes["minibatches"] = {1: 3, 32: 1}.get(rows or 0, 4)
+    sizes["minibatches"] = {"gspo": 3, "mdpo-off": 1}.get(method, 4)
     run: Any = build(
         RunConfig.create(
             "", domain="control", method=method, task="Pendulum-v1", trainer=sizes, control=control

@@ -51,6 +51,7 @@ class ControlActor:
         self.distribution = distribution_of(task.action_space, config.distribution)
         self.critics = critics_of(requires)
         self.horizon = horizon(config, requires)
+        self.steps_per_rollout = 0 if config.vectorization == "native" else self.horizon  # 0: they differ
         self.dense = bool(self.critics) or "step_rewards" in requires or self.horizon > 0
         self.keeps_distribution = "kl" in requires
         self.keeps_state_action = "state_action" in requires

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -12,7 +13,14 @@ from torch.nn.functional import linear
 from polopt.control.config import ControlConfig
 from polopt.control.distributions import LOG_STD_RANGE, ActionDistribution
 
+Array = np.ndarray
 ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU}
+_ON_ARRAYS: dict[type[nn.Module], Callable[[Array], Array]] = {
+    nn.Tanh: np.tanh,
+    nn.ReLU: lambda x: np.maximum(x, 0),
+    nn.ELU: lambda x: np.where(x > 0, x, np.expm1(np.minimum(x, 0))),
+}
+"""The activations for arrays."""
 _CLIP = 10.0
 _POLICY_GAIN = 0.01
 """Gain of the policy's last layer: the first actions hardly depend on the observation."""
@@ -50,10 +58,19 @@ class RunningMoments(nn.Module):
         self.mean += delta * len(values) / total
         self.count.copy_(total)
 
-    def standardizing(self) -> Callable[[Tensor], Tensor]:
-        """(values - mean) / std by the present moments, clipped at 10, in the precision of the values."""
-        mean, deviation = self.mean.clone(), (self.variance + 1e-8).sqrt()
-        return lambda values: ((values - mean) / deviation).clamp(-_CLIP, _CLIP).to(values.dtype)
+    def standardize(self, values: Tensor) -> Tensor:
+        """(values - mean) / std, clipped at 10, in the precision of the values."""
+        standardized = (values - self.mean) / (self.variance + 1e-8).sqrt()
+        return standardized.clamp(-_CLIP, _CLIP).to(values.dtype)
+
+    def standardizing(self) -> Callable[[Array], Array]:
+        """The same for arrays, by the present moments."""
+        mean, deviation = self.mean.numpy().copy(), np.sqrt(self.variance.numpy() + 1e-8)
+
+        def standardize(values: Array) -> Array:
+            return np.minimum(np.maximum((values - mean) / deviation, -_CLIP), _CLIP).astype(values.dtype)
+
+        return standardize
 
     def scale(self, values: Tensor) -> Tensor:
         """values / std, clipped at 10, in the precision of `values`."""
@@ -87,7 +104,7 @@ class HiddenLayers(nn.Module):
 
     def alone(self, number: int) -> Callable[[Tensor], Tensor]:
         """One of the networks, from inputs [D, F] to features [D, H], with the present parameters."""
-        layers = [(weight[number], bias[number, 0]) for weight, bias in self._layers()]
+        layers = self._layers_of(number)
 
         def features(hidden: Tensor) -> Tensor:
             for weight, bias in layers:
@@ -95,6 +112,23 @@ class HiddenLayers(nn.Module):
             return hidden
 
         return features
+
+    def on_arrays(self, number: int) -> Callable[[Array], Array]:
+        """The same for arrays."""
+        layers = [
+            (weight.detach().numpy().T, bias.detach().numpy()) for weight, bias in self._layers_of(number)
+        ]
+        activation = _ON_ARRAYS[type(self.activation)]
+
+        def features(hidden: Array) -> Array:
+            for weight, bias in layers:
+                hidden = activation(hidden @ weight + bias)
+            return hidden
+
+        return features
+
+    def _layers_of(self, number: int) -> list[tuple[Tensor, Tensor]]:
+        return [(weight[number], bias[number, 0]) for weight, bias in self._layers()]
 
     def _layers(self) -> Iterator[tuple[Tensor, Tensor]]:
         parameters: Iterator[Any] = iter(self._parameters.values())
@@ -155,25 +189,29 @@ class ControlNetworks(nn.Module):
             if moments is not None:
                 moments.double()
 
+    @torch.no_grad()
     def acting(self) -> Callable[[Tensor], Tensor]:
-        """The present policy: from raw observations [D, ...] of any precision to outputs [D, P] for the distribution."""
-        dtype, seen = self.policy.weight.dtype, self.seeing()
-        features, outputs = self.hidden.alone(POLICY), self._last_layer()
+        """The present policy: from raw observations [D, ...] of any precision to outputs [D, P] for the distribution.
+
+        Without convolutions numpy computes them: for few observations its operations take less time to call than torch's.
+        """
+        if self.convolution is not None:
+            return self._outputs
+        moments, features = self.observation_moments, self.hidden.on_arrays(POLICY)
+        weight, bias = (tensor.detach().numpy() for tensor in self._last_layer())
+        standardize = None if moments is None else moments.standardizing()
 
         def act(observation: Tensor) -> Tensor:
-            return outputs(features(self.encode(seen(observation).to(dtype))))
+            seen = observation.numpy()
+            seen = (seen if standardize is None else standardize(seen)).astype(weight.dtype)
+            return self._within_bounds(torch.from_numpy(features(seen) @ weight.T + bias))
 
         return act
 
-    def seeing(self) -> Callable[[Tensor], Tensor]:
-        """From raw observations to what the networks take of them, by the present moments."""
-        if self.observation_moments is not None:
-            return self.observation_moments.standardizing()
-        return lambda observation: observation
-
     def seen(self, observation: Tensor) -> Tensor:
         """What the networks take of a raw observation."""
-        return self.seeing()(observation)
+        moments = self.observation_moments
+        return observation if moments is None else moments.standardize(observation)
 
     def encode(self, observation: Float[Tensor, "D *shape"]) -> Float[Tensor, "D F"]:
         """Input of the layers of policy and critic."""
@@ -185,22 +223,26 @@ class ControlNetworks(nn.Module):
 
     def distribution_outputs(self, features: Float[Tensor, "D H"]) -> Float[Tensor, "D P"]:
         """Outputs for the action distribution, from the policy's features."""
-        return self._last_layer()(features)
+        return self._within_bounds(linear(features, *self._last_layer()))
 
     def values(self, features: Float[Tensor, "D H"], which: frozenset[str]) -> dict[str, Float[Tensor, " D"]]:
         """The critics named in `which`, in reward units, from their features."""
         heads: dict[str, Any] = {"value": self.value, "median": self.median}
         return {name: heads[name](features)[:, 0] for name in sorted(which)}
 
-    def _last_layer(self) -> Callable[[Tensor], Tensor]:
-        """`distribution_outputs` by the present parameters. Standard deviations of their own are biases of rows of zeros."""
+    def _last_layer(self) -> tuple[Float[Tensor, "P H"], Float[Tensor, " P"]]:
+        """Weight and bias of the policy's outputs. Standard deviations of their own are biases of rows of zeros."""
         weight, bias = self.policy.weight, self.policy.bias
-        if self.bounded_std:
-            return lambda features: bounded(linear(features, weight, bias))
-        if self.log_std is not None:
-            weight = torch.cat([weight, torch.zeros_like(weight)])
-            bias = torch.cat([bias, self.log_std])
-        return lambda features: linear(features, weight, bias)
+        if self.log_std is None:
+            return weight, bias
+        return torch.cat([weight, torch.zeros_like(weight)]), torch.cat([bias, self.log_std])
+
+    def _within_bounds(self, outputs: Tensor) -> Tensor:
+        return bounded(outputs) if self.bounded_std else outputs
+
+    def _outputs(self, observation: Tensor) -> Tensor:
+        encoded = self.encode(self.seen(observation).to(self.policy.weight.dtype))
+        return self.distribution_outputs(self.hidden.alone(POLICY)(encoded))
 
 
 def bounded(outputs: Tensor) -> Tensor:

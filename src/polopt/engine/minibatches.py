@@ -18,13 +18,12 @@ def cuts_decisions(actor: Actor, method: Method) -> bool:
 
 
 def usual_rows(actor: Actor, method: Method, config: TrainerConfig) -> int | None:
-    """Rows of most minibatches, where that is known before there are any."""
+    """Rows of every minibatch, where they are known before there are any and are the same."""
     if method.off_policy:
         return config.batch_size
-    rows = config.prompts * config.rollouts
-    if cuts_decisions(actor, method):
-        rows *= getattr(actor, "horizon", 0)
-    return rows // config.minibatches or None
+    decisions = config.prompts * config.rollouts * getattr(actor, "steps_per_rollout", 0)
+    rows, odd = divmod(decisions, config.minibatches)
+    return rows if rows and not odd and cuts_decisions(actor, method) else None
 
 
 def minibatches(

@@ -20,7 +20,7 @@ from gymnasium import spaces
 from jaxtyping import Float
 
 from polopt.control.environments.problem import Outcome, Problem, ProblemEnv, ProblemVectorEnv, State
-from polopt.control.environments.submodular import grid_moves
+from polopt.control.environments.submodular_grid import grid_moves
 from polopt.control.environments.tabular import TabularModel, TabularProblem, occupancy
 from polopt.errors import ConfigError
 
