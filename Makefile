@@ -30,7 +30,7 @@ ORACLE_STAMP := $(ORACLE_VENV)/.installed
 PEERS_STAMP  := $(PEERS_VENV)/.installed
 
 help:
-	@echo "make demo     train a language model on this machine (5 minutes once installed) and say where the results are"
+	@echo "make demo     train a language model on this machine (about 5 minutes once installed) and say where the results are"
 	@echo "make test     everything that must pass: lint, types, documentation, tests"
 	@echo "make check    the fast part of it: lint, format, types"
 	@echo "make docs     build the documentation into site/"

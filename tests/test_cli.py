@@ -284,6 +284,8 @@ def test_an_environment_without_its_domain_is_refused_with_the_flag(
 ) -> None:
     assert main(["train", "--env", task, "--dry-run"]) == 2
     assert "--domain control" in capsys.readouterr().err
+    assert main(["train", "--task", "7", "--dry-run"]) == 2
+    assert "allowed: builtin:largest" in capsys.readouterr().err
 
 
 def test_warm_up_teaches_the_form_of_answers(capsys: pytest.CaptureFixture[str]) -> None:

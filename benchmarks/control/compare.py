@@ -23,7 +23,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from settings import READY, SETTINGS, TASKS
+from settings import PER_ITERATION, READY, SETTINGS, TASKS
 
 from polopt.report.statistics import bootstrap
 
@@ -86,11 +86,15 @@ def summarize(runs: list[Run]) -> dict[str, Any]:
         }
     for own in OWN:
         for other in runs[0].keys() - set(OWN):
-            summary[f"{own} / {other}"] = median(
-                runs, lambda run, own=own, other=other: ratio(run, own, other)
-            )
+            ratios = [ratio(run, own, other) for run in runs]
+            summary[f"{own} / {other}"] = float(np.median(ratios))
+            summary[f"{own} / {other}, range"] = [min(ratios), max(ratios)]
         for name in TIMES:
             summary[own][name] = median(runs, lambda run, own=own, name=name: run[own][name])
+    plain, compiled = (summary[own] for own in OWN)
+    spent = compiled["first_iteration_seconds"] - plain["first_iteration_seconds"]
+    gain = plain["later_iteration_seconds"] - compiled["later_iteration_seconds"]
+    compiled["pays_after_steps"] = spent / gain * PER_ITERATION if gain > 0 else None
     return summary
 
 

@@ -18,6 +18,7 @@ import polopt
 from polopt.engine.ranks import Piece, Ranks
 from polopt.engine.sharding import full_state, layers, load_full_state
 from polopt.errors import ConfigError
+from polopt.functional.blocks import side_by_side
 
 CHECKS = Path(__file__).with_name("two_ranks")
 LAUNCHERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_MIXED_PRECISION")
@@ -253,6 +254,21 @@ def test_taking_a_state_changes_nothing() -> None:
     assert state["state"] == {}
     assert not optimizer.state
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+
+
+def test_gradients_in_one_block_are_clipped_as_those_apart() -> None:
+    apart, together = make_model()[0], make_model()[0]
+    draws = torch.Generator().manual_seed(0)
+    for one, other, place in zip(
+        apart.parameters(), together.parameters(), side_by_side(list(together.parameters())), strict=True
+    ):
+        one.grad = torch.randn(one.shape, generator=draws)
+        other.grad = place.copy_(one.grad)
+    found = [Ranks().clip_gradients(list(module.parameters()), 0.3) for module in (apart, together)]
+    assert float(found[0]) > 0.3
+    torch.testing.assert_close(found[1], found[0])
+    for one, other in zip(apart.parameters(), together.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, one.grad)
 
 
 def test_clipping_reports_the_norm_before_it() -> None:

@@ -29,6 +29,7 @@ KINDS = {
     "python": "python:FILE:FUNCTION",
 }
 """Kinds of language tasks, besides the built-in ones, with the form of their specs."""
+ENVIRONMENT = re.compile(r"-v\d+$")  # the end of a Gymnasium id
 TINY = re.compile(r"tiny:\d+x\d+(:(byte|char))?")
 _WARM_UP_ROWS = 64
 """Examples of a supervised step."""
@@ -167,7 +168,7 @@ class LanguageDomain(_Rollouts):
         builtins = [f"builtin:{name}" for name in BUILTINS]
         kind, _, rest = spec.partition(":")
         if spec not in builtins and (kind not in KINDS or not rest):
-            if spec.rpartition("-v")[2].isdigit():
+            if ENVIRONMENT.search(spec):
                 raise ConfigError(f"task = {spec!r}: looks like an environment, which needs --domain control")
             raise ConfigError(f"task = {spec!r}: unknown; {nearest(spec, [*builtins, *KINDS.values()])}")
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from polopt.control.distributions import ActionDistribution
-from polopt.control.recording import EpisodeTotals, Noise, Recording, Rows
+from polopt.control.recording import EpisodeTotals, Noise, Recording, Rows, noise_of
 from polopt.control.task import ControlTask
 from polopt.control.vector import Transition
 from polopt.engine.seeding import seed_sequence
@@ -67,7 +67,7 @@ class Collector:
         """
         living = task.living(count, seed_sequence(base, "lane", first))
         draws = [np.random.default_rng((base, first + lane)) for lane in range(count)]
-        noise = torch.from_numpy(np.stack([self.distribution.noise((steps,), each) for each in draws], 1))
+        noise = torch.from_numpy(noise_of(self.distribution, draws, steps))
         recording, endings = Recording(), _Endings()
         row, lane_of = np.arange(count), [np.arange(count)]  # a new row for each episode that begins
         begins, sent = np.full(count, -1), []

@@ -84,6 +84,11 @@ class EpisodeTotals:
         self.sums = {name: np.where(which, 0.0, total) for name, total in self.sums.items()}
 
 
+def noise_of(distribution: Any, draws: list[np.random.Generator], steps: int) -> Array:
+    """The noise [S, E, D] of some steps in E lanes, each from draws of its own."""
+    return np.stack([distribution.noise((steps,), each) for each in draws], 1)
+
+
 class Noise:
     """The noise that actions are drawn with: a stream for each of E lanes, by a key of its own.
 
@@ -96,8 +101,7 @@ class Noise:
     def __init__(self, distribution: Any, keys: list[tuple[int, ...]], chunk: int) -> None:
         self._distribution, self._chunk = distribution, chunk
         self._draws = [np.random.default_rng(key) for key in keys]
-        first = [distribution.noise((chunk,), draws) for draws in self._draws]
-        self._ahead = np.stack(first, 1)
+        self._ahead = noise_of(distribution, self._draws, chunk)
         self._at, self._lanes = np.zeros(len(keys), dtype=np.int64), np.arange(len(keys))
 
     def renew(self, lane: int, key: tuple[int, ...]) -> None:

@@ -50,7 +50,7 @@ class CompiledGradient:
         self._graph = _compiled(self._differentiate)
 
     def backward(self, batch: Batch, rows: Rows, options: dict[str, Any]) -> Backward:
-        """The gradient of some rows' loss in the parameters' `.grad`, where none is before.
+        """The gradient of some rows' loss in the parameters' `.grad`, where none is before. Gradients must be on.
 
         Args:
             batch: the minibatch, with `loss_weight`.

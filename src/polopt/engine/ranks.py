@@ -30,7 +30,7 @@ BUCKET = 2**23
 """Gradient entries that are summed over the ranks at once."""
 
 SHORT = 2**20
-"""Entries up to which a sum of squares in float32 is exact to five digits."""
+"""Entries up to which a sum of squares in float32 is exact to four digits."""
 
 
 @dataclass(frozen=True)
